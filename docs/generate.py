@@ -1,0 +1,220 @@
+"""Writes the reference pages from the code: recipe.md, metrics.md, cli.md and recipe.schema.json. With --check it only compares."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import click
+
+from layercut.cli import cli
+from layercut.metrics import METRICS
+from layercut.operations import OPERATIONS, Dash, Percentage
+from layercut.recipe import Recipe
+
+DOCS = Path(__file__).resolve().parent
+COMMAND = "make docs"
+NOTE = f"<!-- Written by docs/generate.py from the code. Change the code, then run: {COMMAND} -->"
+WIDTH = 100
+
+# One place where an operation needs words of its own: lines that a reader can copy into `steps`.
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "prune": (
+        "- prune: {layers: 6}                        # the block of six that costs least",
+        "- prune: {layers: 25%, metric: cosine}      # a share of the stack, rounded down; decided by another metric",
+        '- prune: {at: [3, 7, "20-24"]}              # these layers; a dash is inclusive',
+        "- prune: {at: {every: 2, from: 8, to: 24}}  # 8, 10, ... 24",
+        "- prune: {at: -1}                           # the last layer",
+    ),
+    "keep": ('- keep: {at: ["0-11", "18-29"]}',),
+    "duplicate": (
+        '- duplicate: {at: "10-20"}              # 10 to 20 run twice, one block after the other',
+        "- duplicate: {at: [4, 8, 12], times: 2} # three layers, each run three times in a row",
+        "- duplicate: {layers: 8}                # the block of eight that costs least",
+    ),
+}
+# Patterns of texts, in words.
+WORDS = {get_args(Dash)[1].pattern: '`"a-b"`', get_args(Percentage)[1].pattern: "percentage"}
+
+
+class Section(NamedTuple):
+    """A mapping of the recipe: its name in the schema, where it stands, and which mapping holds it."""
+
+    name: str
+    place: str
+    parent: str
+
+
+def sections(schema: Mapping[str, Any]) -> list[Section]:
+    """Every mapping once, at its shallowest place, each followed by those that stand in it."""
+    found: dict[str, Section] = {}
+    queue: list[tuple[str, str, Mapping[str, Any]]] = [("", "", schema)]
+    while queue:
+        parent, place, node = queue.pop(0)
+        for key, value in node.get("properties", {}).items():
+            for name, inner in references(value, f"{place}.{key}" if place else key):
+                if name not in found:
+                    found[name] = Section(name, inner, parent)
+                    queue.append((name, inner, schema["$defs"][name]))
+
+    def below(parent: str) -> Iterator[Section]:
+        for section in found.values():
+            if section.parent == parent:
+                yield section
+                yield from below(section.name)
+
+    return list(below(""))
+
+
+def references(node: Mapping[str, Any], place: str) -> Iterator[tuple[str, str]]:
+    """The mappings that a value may hold, with the place of each."""
+    if "$ref" in node:
+        yield node["$ref"].rpartition("/")[2], place
+    tags = node.get("discriminator", {})
+    for tag, target in tags.get("mapping", {}).items():
+        yield target.rpartition("/")[2], f"{place}: {{{tags['propertyName']}: {tag}}}"
+    for part in [] if tags else [*node.get("anyOf", ()), *node.get("oneOf", ())]:
+        yield from references(part, place)
+    for part in [*node.get("prefixItems", ()), *([node["items"]] if "items" in node else ())]:
+        yield from references(part, f"{place}[]")
+
+
+def anchor(place: str) -> str:
+    """The anchor that Markdown makes of a heading `place`."""
+    return "".join(letter for letter in place.lower().replace(" ", "-") if letter.isalnum() or letter in "-_")
+
+
+def kind(node: Mapping[str, Any], places: Mapping[str, str]) -> str:
+    """A type in words."""
+    if "$ref" in node:
+        place = places[node["$ref"].rpartition("/")[2]]
+        return f"[mapping](#{anchor(place)})"
+    if "const" in node:
+        return f"`{node['const']}`"
+    if "enum" in node:
+        return " or ".join(f"`{value}`" for value in node["enum"])
+    choices = [part for part in node.get("anyOf", node.get("oneOf", ())) if part.get("type") != "null"]
+    if choices:
+        words = list(dict.fromkeys(kind(part, places) for part in choices))
+        single = " or ".join(words[:-1])
+        return f"{single}, or a list of such" if words[-1] == f"list of {single}" else " or ".join(words)
+    if node["type"] == "array":
+        fixed = [kind(part, places) for part in node.get("prefixItems", ())]
+        if len(fixed) == 2:
+            return f"[a, b], each {fixed[0]}" if fixed[0] == fixed[1] else f"[{', '.join(fixed)}]"
+        return f"list of {fixed[0] if fixed else kind(node['items'], places)}"
+    if node["type"] == "object":
+        return f"mapping of names to {kind(node['additionalProperties'], places)}"
+    if node["type"] == "string":
+        return WORDS.get(node["pattern"], f"text matching `{node['pattern']}`") if "pattern" in node else "text"
+    names = {"integer": "whole number", "number": "number", "boolean": "true or false"}
+    bounds = [f"{node['minimum']}" if "minimum" in node else "", f"{node['maximum']}" if "maximum" in node else ""]
+    spans = {(True, True): " {} to {}", (True, False): " from {}", (False, True): " up to {1}"}
+    return names[node["type"]] + spans.get((bool(bounds[0]), bool(bounds[1])), "").format(*bounds)
+
+
+def flow(value: Any) -> str:
+    """A default as one would write it in a recipe."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {flow(item)}" for key, item in value.items()) + "}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def table(node: Mapping[str, Any], places: Mapping[str, str]) -> list[str]:
+    """The keys of a mapping."""
+    lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for key, value in node["properties"].items():
+        needed = key in node.get("required", ())
+        default = "**required**" if needed else "not set" if value.get("default") is None else f"`{flow(value['default'])}`"
+        meaning = value.get("description", "Says which." if "const" in value else "").replace("\n", " ")
+        cells = (f"`{key}`", kind(value, places), default, meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def recipe_page() -> str:
+    """The reference of recipes."""
+    schema = Recipe.schema_document()
+    found = sections(schema)
+    places = {section.name: section.place for section in found}
+    lines = [
+        NOTE, "", "# Recipe reference", "", schema["description"], "",
+        "Unknown keys are errors, with a suggestion. Editors check recipes as they are written when the first line is", "",
+        "```yaml", "# yaml-language-server: $schema=PATH/TO/docs/recipe.schema.json", "```", "",
+        "Layers count from 0. `layer_range` is half-open, as in mergekit; ranges in `at` are inclusive because they are written with a dash.", "",
+        *table(schema, places),
+    ]  # fmt: skip
+    for section in found:
+        node = schema["$defs"][section.name]
+        lines += ["", f"{'#' * (2 + (section.parent != ''))} `{section.place}`", "", node.get("description", ""), ""]
+        lines += table(node, places)
+        operation = section.place.removeprefix("steps[].")
+        if section.parent == "Step" and operation in OPERATIONS:
+            lines += ["", "```yaml", "steps:", *(f"  {line}" for line in EXAMPLES[operation]), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def metrics_page() -> str:
+    """The reference of metrics."""
+    lines = [
+        NOTE, "", "# Metrics", "",
+        "A metric says how far apart two boundary states of one token are. Boundary state `h_i` enters layer `i`; `h_L` leaves the last",
+        "layer, before the final norm. Removing layers `[s, s+n)` hands `h_s` to a layer that expects `h_{s+n}`, and repeating them does",
+        "the opposite: both cost the distance between the two. All metrics come from one pass over the calibration text, in float64,",
+        "with the standard error over samples.", "",
+        "The first of `metrics` decides; the others are shown. A step may name its own.", "",
+        "```yaml", "metrics: [angular, {name: cosine, token: last}]", "```",
+    ]  # fmt: skip
+    for name, metric in METRICS.items():
+        token = metric.model_fields["token"].default
+        lines += ["", f"## `{name}`", "", inspect.cleandoc(metric.__doc__ or ""), "", f"Tokens, unless the recipe says otherwise: `{token}`."]
+    return "\n".join(lines) + "\n"
+
+
+def cli_page() -> str:
+    """The help of every command."""
+    lines = [
+        NOTE, "", "# Command line", "",
+        "Results go to stdout, progress and notes to stderr. Exit status: 0 done, 1 the input is at fault (one line says how),",
+        "2 wrong usage, 3 a bug in layercut (with a text to report), 130 interrupted.", "",
+        *_help("layercut", cli),
+    ]  # fmt: skip
+    for name, command in cli.commands.items():
+        lines += ["", f"## `layercut {name}`", "", *_help(f"layercut {name}", command)]
+    return "\n".join(lines) + "\n"
+
+
+def _help(name: str, command: click.Command) -> list[str]:
+    context = click.Context(command, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH, help_option_names=["-h", "--help"])
+    return ["```text", *(line.rstrip() for line in command.get_help(context).splitlines()), "```"]
+
+
+def schema_document() -> str:
+    """What `layercut schema` prints."""
+    return json.dumps(Recipe.schema_document(), indent=2, ensure_ascii=False) + "\n"
+
+
+PAGES = {"recipe.md": recipe_page, "metrics.md": metrics_page, "cli.md": cli_page, "recipe.schema.json": schema_document}
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pages, or with --check say which are out of date."""
+    stale = []
+    for name, page in PAGES.items():
+        path, text = DOCS / name, page()
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(f"docs/{name}")
+            if "--check" not in arguments:
+                path.write_text(text, encoding="utf-8")
+    if "--check" in arguments and stale:
+        print(f"out of date: {', '.join(stale)}; run: {COMMAND}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

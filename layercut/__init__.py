@@ -1,0 +1,29 @@
+"""layercut: cut, repeat and stack the layers of transformer checkpoints from a recipe.
+
+`load_recipe` reads a recipe, `plan_recipe` decides everything, `run_recipe` writes the result. Nothing here loads torch until something
+has to be measured.
+"""
+
+from layercut.api import plan_recipe, run_recipe
+from layercut.errors import CalibrationError, CheckpointError, LayercutError, OutputError, RecipeError, RefusedError
+from layercut.plan import Plan
+from layercut.recipe import Recipe, load_recipe
+from layercut.report import Report, read_report
+from layercut.version import __version__
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "LayercutError",
+    "OutputError",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "RefusedError",
+    "Report",
+    "__version__",
+    "load_recipe",
+    "plan_recipe",
+    "read_report",
+    "run_recipe",
+]

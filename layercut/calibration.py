@@ -1,0 +1,319 @@
+"""Calibration text: where it comes from and how it is cut into samples. Knows no tokenizer beyond a function.
+
+One document is one sample, truncated to `max_length` tokens. Plain text (`.txt` files and the built-in text) has no document
+boundaries: each file is cut into consecutive windows of `max_length` tokens, and what is left at its end is dropped unless
+the file gave no full window.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal, NamedTuple, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic_core import PydanticCustomError
+
+from layercut.errors import CalibrationError, did_you_mean
+
+PIECE = 1 << 16
+"""Characters of plain text that are read at a time."""
+
+
+def _check_bos(value: object) -> object:
+    """One message instead of one for each kind of value."""
+    if not isinstance(value, bool) and value != "auto":
+        raise PydanticCustomError("bos", "bos must be auto, true or false")
+    return value
+
+
+class CalibrationBase(BaseModel):
+    """What all sources of text have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    samples: int = Field(128, ge=1)
+    """Token sequences that are used at most."""
+    max_length: int = Field(512, ge=2)
+    """Tokens of a sample at most, a BOS token included."""
+    batch_size: int = Field(8, ge=1)
+    """Samples that run through the model at once; changes speed and memory, not results."""
+    bos: Annotated[Literal["auto"] | StrictBool, BeforeValidator(_check_bos)] = "auto"
+    """Whether each sample starts with the BOS token: auto does what the tokenizer does by default."""
+
+
+class BuiltinCalibration(CalibrationBase):
+    """English prose that comes with layercut: 150 kB of State of the Union addresses (CC0), and 50 kB held out for perplexity."""
+
+    source: Literal["builtin"] = "builtin"
+    """The text that comes with layercut."""
+
+
+class TextCalibration(CalibrationBase):
+    """Local files: .txt (one running text), .jsonl, .csv and .parquet (one document a row)."""
+
+    source: Literal["text"] = "text"
+    """Local files."""
+    path: str = Field(min_length=1)
+    """A file, or a pattern such as `texts/*.jsonl`; files are read in the order of their names."""
+    column: str | None = None
+    """Column that holds the text; without it, `text`."""
+
+
+class HubCalibration(CalibrationBase):
+    """A dataset of the Hugging Face Hub."""
+
+    source: Literal["hub"] = "hub"
+    """A dataset of the Hugging Face Hub."""
+    dataset: str = Field(min_length=1)
+    """Name of the dataset, for example `allenai/c4`."""
+    name: str | None = None
+    """Configuration of the dataset, for example `en`."""
+    split: str = "train"
+    """Split that is read, for example `validation`."""
+    column: str = "text"
+    """Column that holds the text."""
+    revision: str | None = None
+    """Branch, tag or commit of the dataset."""
+    streaming: bool = True
+    """Read rows as they are needed instead of downloading the split first."""
+
+
+Calibration: TypeAlias = Annotated[BuiltinCalibration | TextCalibration | HubCalibration, Field(discriminator="source")]
+"""The `calibration:` mapping of a recipe."""
+
+
+@dataclass
+class Tally:
+    """Counts what was read."""
+
+    read: int = 0
+    """Documents that hold text; a plain text file is one document."""
+    skipped: int = 0
+    """Documents that are blank, or whose text gives no tokens."""
+
+
+class Passage(NamedTuple):
+    """A piece of text: a document of its own, or the next part of a running text."""
+
+    text: str
+    stream: str | None
+    """Name of the running text that this is a part of; None for a document."""
+
+
+def passages(calibration: Calibration, held_out: bool = False, tally: Tally | None = None) -> Iterator[Passage]:
+    """The text, lazily, blank documents left out. `held_out` takes the other part of the built-in text; other sources have one part."""
+    tally = Tally() if tally is None else tally
+    if isinstance(calibration, BuiltinCalibration):
+        name = "held_out.txt" if held_out else "calibration.txt"
+        with (resources.files("layercut") / "data" / name).open(encoding="utf-8") as file:
+            yield from _running(file, name, tally)
+    elif isinstance(calibration, TextCalibration):
+        for path in _matches(calibration.path):
+            yield from _file(path, calibration.column, tally)
+    else:
+        yield from _documents(_hub(calibration), calibration.column, tally)
+
+
+def documents(calibration: Calibration, held_out: bool = False) -> Iterator[str]:
+    """The texts, lazily: documents, and the parts of running texts in order. Raises CalibrationError on anything unreadable."""
+    return (passage.text for passage in passages(calibration, held_out))
+
+
+def samples(
+    texts: Iterable[Passage],
+    encode: Callable[[str], list[int]],
+    prefix: list[int],
+    max_length: int,
+    tally: Tally,
+) -> Iterator[list[int]]:
+    """Token sequences of 1 to `max_length` tokens, lazily; `encode` adds no special tokens, `prefix` starts each sample."""
+    room = max_length - len(prefix)
+    if room < 1:
+        raise CalibrationError(f"max_length {max_length} leaves no room after {len(prefix)} special tokens")
+    for stream, group in itertools.groupby(texts, key=lambda passage: passage.stream):
+        encoded = (encode(passage.text) for passage in group)
+        if stream is not None:
+            yield from ([*prefix, *window] for window in windows(encoded, room))
+            continue
+        for ids in encoded:
+            if ids:
+                yield [*prefix, *ids[:room]]
+            else:
+                tally.skipped += 1
+
+
+def windows(encoded: Iterable[list[int]], size: int) -> Iterator[list[int]]:
+    """Consecutive windows of `size` tokens of a running text; a shorter rest is dropped unless it is all there is."""
+    rest: list[int] = []
+    full = False
+    for ids in encoded:
+        rest += ids
+        for start in range(0, len(rest) - size + 1, size):
+            full = True
+            yield rest[start : start + size]
+        rest = rest[len(rest) - len(rest) % size :]
+    if rest and not full:
+        yield rest
+
+
+def _matches(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        raise CalibrationError("this is a folder", where=pattern, hint="name a file, or a pattern such as folder/*.txt")
+    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 - Path.glob takes no absolute pattern
+    files = [match for match in found if match.is_file()]
+    if not files:
+        raise CalibrationError("no such file", where=pattern)
+    return files
+
+
+Row: TypeAlias = tuple[str, Mapping[str, Any]]
+"""The place of a row in its file, for messages, and its columns."""
+
+
+def _file(path: Path, column: str | None, tally: Tally) -> Iterator[Passage]:
+    """The passages of one file, read as its suffix says."""
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", *_ROWS):
+        known = ", ".join([".txt", *_ROWS])
+        raise CalibrationError(f"unknown kind of text file '{suffix}'", where=path, hint=f"known are {known}")
+    if suffix == ".txt" and column is not None:
+        raise CalibrationError(f"a .txt file has no column '{column}'", where=path)
+    before = tally.read
+    try:
+        if suffix == ".txt":
+            with path.open(encoding="utf-8-sig") as file:
+                yield from _running(file, str(path), tally)
+        else:
+            yield from _documents(_ROWS[suffix](path, column or "text"), column or "text", tally)
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"not UTF-8 text: {error.reason}", where=path) from None
+    except OSError as error:
+        raise CalibrationError(error.strerror or str(error), where=path) from None
+    if tally.read == before:
+        raise CalibrationError("the file holds no text", where=path)
+
+
+def _running(file: IO[str], name: str, tally: Tally) -> Iterator[Passage]:
+    """Plain text in parts, cut after a line, else before a space, so that words stay whole."""
+    rest = ""
+    found = False
+    while block := file.read(PIECE):
+        rest += block
+        cut = rest.rfind("\n") + 1 or max(rest.rfind(" "), 0) or len(rest)
+        part, rest = rest[:cut], rest[cut:]
+        if not found and part.strip():
+            found = True
+            tally.read += 1
+        yield Passage(part, name)
+    if rest:
+        tally.read += not found and bool(rest.strip())
+        yield Passage(rest, name)
+
+
+def _documents(rows: Iterable[Row], column: str, tally: Tally) -> Iterator[Passage]:
+    """One document a row; null and blank ones are skipped."""
+    for place, row in rows:
+        if column not in row:
+            columns = ", ".join(f"'{key}'" for key in row) or "none"
+            hint = did_you_mean(column, [key for key in row if isinstance(key, str)])
+            raise CalibrationError(f"no column '{column}' (available: {columns})", where=place, hint=hint)
+        text = row[column]
+        if text is not None and not isinstance(text, str):
+            raise CalibrationError(f"column '{column}' holds {type(text).__name__}, not text", where=place)
+        if text is None or not text.strip():
+            tally.skipped += 1
+            continue
+        tally.read += 1
+        yield Passage(text, None)
+
+
+def _jsonl(path: Path, column: str) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.rstrip())
+            except (ValueError, RecursionError) as error:
+                detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+                raise CalibrationError(f"invalid JSON: {detail}", where=f"{path}:{number}") from None
+            if not isinstance(row, dict):
+                raise CalibrationError("a line must hold a JSON object", where=f"{path}:{number}")
+            yield f"{path}:{number}", row
+
+
+def _csv(path: Path, column: str) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                yield f"{path}:{reader.line_num}", row
+        except csv.Error as error:
+            hint = "long texts belong in .jsonl or .parquet" if "field limit" in str(error) else None
+            raise CalibrationError(str(error), where=f"{path}:{reader.reader.line_num}", hint=hint) from None
+
+
+def _parquet(path: Path, column: str) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            columns = [column] if column in file.schema_arrow.names else None
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CalibrationError(f"cannot be read as parquet: {first_line(error)}", where=path) from None
+
+
+def _hub(calibration: HubCalibration) -> Iterator[Row]:
+    """Rows of a Hub dataset. Whatever `datasets` raises becomes one line: it has no base class of its own."""
+    import datasets
+
+    try:
+        rows = iter(
+            datasets.load_dataset(
+                calibration.dataset,
+                calibration.name,
+                split=calibration.split,
+                revision=calibration.revision,
+                streaming=calibration.streaming,
+            )
+        )
+    except Exception as error:
+        raise _unreachable(calibration, error) from None
+    for number in itertools.count(1):
+        try:
+            row = next(rows, None)
+        except Exception as error:
+            raise _unreachable(calibration, error) from None
+        if row is None:
+            return
+        yield f"{calibration.dataset}: row {number}", row
+
+
+def _unreachable(calibration: HubCalibration, error: Exception) -> CalibrationError:
+    hint = "check the name, the split and the network, or use local files: {source: text, path: ...}"
+    return CalibrationError(f"the dataset cannot be read: {first_line(error)}", where=calibration.dataset, hint=hint)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+_ROWS: Mapping[str, Callable[[Path, str], Iterator[Row]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

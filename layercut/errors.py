@@ -1,0 +1,50 @@
+"""Errors that the user can fix: one clear line each, never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LayercutError(Exception):
+    """The input is at fault (exit status 1).
+
+    `where` names the place (``file:line:column``, a file, or a tensor), `message` says what was found there, and `hint`
+    says what to do. `str()` joins them: ``where: message; hint``.
+    """
+
+    def __init__(self, message: str, *, where: object = None, hint: str | None = None) -> None:
+        self.message = message
+        self.where = None if where is None else str(where)
+        self.hint = hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        text = self.message if self.where is None else f"{self.where}: {self.message}"
+        return text if self.hint is None else f"{text}; {self.hint}"
+
+
+class RecipeError(LayercutError):
+    """A recipe, or an override of one, says something that layercut does not understand or cannot do."""
+
+
+class CheckpointError(LayercutError):
+    """A checkpoint is missing, damaged, or of a kind that cannot be read."""
+
+
+class RefusedError(LayercutError):
+    """The edit would load but compute something else, or cannot be described in config.json."""
+
+
+class OutputError(LayercutError):
+    """The output folder cannot be written: it holds something, or there is no room, or no permission."""
+
+
+class CalibrationError(LayercutError):
+    """The calibration text cannot be read, is empty, or is too short for what was asked."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """A hint with the nearest known word, or None when nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else None

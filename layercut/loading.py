@@ -1,0 +1,159 @@
+"""Models and tokenizers for measuring, loaded by transformers: local files only, safetensors only, no code from checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as chatter
+
+from layercut.calibration import first_line
+from layercut.errors import CalibrationError, CheckpointError, LayercutError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+"""Dtypes that a model can be measured in."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers and Python warnings, and puts everything back. Errors still raise."""
+    verbosity, bar = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity(logging.CRITICAL)
+    chatter.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatter.set_verbosity(verbosity)
+        if bar:
+            chatter.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def pick_device(device: str | None = None) -> torch.device:
+    """The device by its name; without one, the first CUDA device, or else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        raise LayercutError(f"device '{device}' cannot be used: {first_line(error)}") from None
+    return picked
+
+
+def pick_dtype(device: torch.device, dtype: str | None = None) -> torch.dtype | Literal["auto"]:
+    """The dtype by its name; without one, float32 on the CPU (16-bit weights upcast exactly) and the checkpoint's own elsewhere."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise LayercutError(f"unknown dtype '{dtype}'", hint=f"known are {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def load_backbone(folder: Path, device: torch.device, dtype: str | None = None) -> nn.Module:
+    """The model without its LM head, in eval mode, without KV cache. Raises CheckpointError when a weight is missing."""
+    model: nn.Module = _load(AutoModel, folder, device, dtype, use_cache=False)
+    return model
+
+
+def load_causal_lm(folder: Path, device: torch.device, dtype: str | None = None) -> Any:
+    """The model with its LM head, in eval mode. Raises CheckpointError when a weight is missing."""
+    return _load(AutoModelForCausalLM, folder, device, dtype)
+
+
+def _load(kind: Any, folder: Path, device: torch.device, dtype: str | None, **config: object) -> Any:
+    try:
+        with quiet():
+            model, found = kind.from_pretrained(
+                folder,
+                dtype=pick_dtype(device, dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **config,
+            )
+    except LayercutError:
+        raise
+    except Exception as error:  # transformers and its backends have no common base class
+        raise CheckpointError(f"transformers cannot load this model: {first_line(error)}", where=folder) from None
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"weights are missing: {missing[0]}{more}", where=folder)
+    mismatched = sorted(found["mismatched_keys"])
+    if mismatched:
+        name, has, wants = mismatched[0]
+        raise CheckpointError(f"{name} has shape {list(has)}, but config.json asks for {list(wants)}", where=folder)
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint. Raises CheckpointError when there is none."""
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the same: no common base class
+        hint = "copy tokenizer.json and tokenizer_config.json of the original model into the folder"
+        raise CheckpointError(f"no tokenizer can be loaded: {first_line(error)}", where=folder, hint=hint) from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise CheckpointError("the tokenizer has an empty vocabulary", where=folder)
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, without special tokens around it."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def bos_prefix(tokenizer: Any, bos: bool | Literal["auto"]) -> list[int]:
+    """The token ids that start each sample: what the tokenizer puts first by default (auto), at least BOS (True), or none (False)."""
+    if bos is False:
+        return []
+    plain = encode(tokenizer, "a")
+    full: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    starts = [at for at in range(len(full) - len(plain) + 1) if full[at : at + len(plain)] == plain]
+    prefix = full[: starts[0]] if starts else []
+    if bos == "auto" or tokenizer.bos_token_id in prefix:
+        return prefix
+    if tokenizer.bos_token_id is None:
+        raise CalibrationError("bos is true, but the tokenizer has no BOS token", hint="set bos: auto or bos: false")
+    return [tokenizer.bos_token_id]
+
+
+def layers_of(model: nn.Module, depth: int, prefix: str | None = None) -> nn.ModuleList:
+    """The decoder layers: the list of `depth` modules that matches `prefix` best, else the outermost one.
+
+    `prefix` is where the checkpoint keeps the stack, for example `model.language_model.layers.`; a backbone may lack its
+    first components, so the longest common end decides. Raises CheckpointError when there is no such list, or more than one.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    found = [name for name, module in lists.items() if len(module) == depth]
+    found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
+    if not found:
+        seen = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
+        raise CheckpointError(f"{type(model).__name__} has no list of {depth} layers (lists: {seen})")
+    wanted = (prefix or "").strip(".").split(".")
+    ranked = {name: _match(name.split("."), wanted) for name in found}
+    best = [name for name in found if ranked[name] == max(ranked.values())]
+    if len(best) > 1:
+        raise CheckpointError(f"{type(model).__name__} has several lists of {depth} layers: {', '.join(best)}")
+    return lists[best[0]]
+
+
+def _match(name: list[str], wanted: list[str]) -> tuple[int, int, int]:
+    """How well a module name fits: length of the common end, components in common, and the outermost first."""
+    end = 0
+    while end < min(len(name), len(wanted)) and name[-1 - end] == wanted[-1 - end]:
+        end += 1
+    return end, len(set(name) & set(wanted)), -len(name)

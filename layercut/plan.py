@@ -1,0 +1,284 @@
+"""The plan: what will be done, down to every byte range, and why. Frozen records with a JSON form; decides nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from layercut.errors import LayercutError
+from layercut.header import ITEM_BITS
+from layercut.stack import LayerRef, Record
+
+__all__ = [
+    "FORMAT",
+    "Actions",
+    "Candidate",
+    "Choice",
+    "Companion",
+    "Distance",
+    "Edit",
+    "LayerRef",
+    "LeftOut",
+    "Measurement",
+    "OutputFile",
+    "Part",
+    "Plan",
+    "Record",
+    "Seam",
+    "Source",
+    "Table",
+    "TensorCopy",
+    "TensorMade",
+]
+
+FORMAT: Literal["layercut-plan/1"] = "layercut-plan/1"
+
+
+class Source(Record):
+    """A source checkpoint, as it was found when the plan was made."""
+
+    reference: str
+    """The model as the recipe names it."""
+    folder: str
+    """The local folder that holds it (absolute)."""
+    revision: str | None
+    """Commit of a Hub model, else null."""
+    depth: int
+    """Number of layers L of the stack that is edited."""
+    parameters: int
+    """Number of elements in all tensors that are read from it."""
+    digest: str
+    """sha256 over config.json and over name, size and header of every weight file: tells another structure apart, not other values."""
+    files: dict[str, int]
+    """Size in bytes of every weight file."""
+
+
+class Distance(Record):
+    """One measured distance: mean over tokens, with its standard error over samples."""
+
+    mean: float
+    stderr: float
+
+
+class Seam(Record):
+    """A place where boundary state `h_from` of one model is handed to a layer that expects `h_to` of another (or the same)."""
+
+    at: int
+    """Output layer index before which the seam lies; 0 is before the first layer, depth is after the last."""
+    from_model: str
+    from_boundary: int
+    to_model: str
+    to_boundary: int
+    distances: dict[str, Distance] = {}
+    """Distance by metric label; empty when nothing was measured."""
+
+
+class Candidate(Record):
+    """One way in which an `auto` could have been resolved."""
+
+    start: int
+    """First position of the block, or the boundary, in the stack as the step saw it."""
+    stop: int
+    """One past the last position of the block."""
+    cost: float
+    """Total seam distance of the whole stack after this choice."""
+    stderr: float
+    """Standard error of `cost`, seams taken as independent."""
+
+
+class Choice(Record):
+    """A decision that the recipe left to the planner, with the evidence for it."""
+
+    where: str
+    """Place in the recipe, for example `steps.0.prune`."""
+    metric: str
+    """Label of the metric that decided."""
+    chosen: str
+    """What was chosen, in words: half-open, from 0."""
+    cost: float
+    """Total seam distance of the stack that was chosen."""
+    candidates: tuple[Candidate, ...] = ()
+    """All candidates of a one-block choice, in order of position; empty for a choice of several boundaries."""
+
+
+class Table(Record):
+    """Distances between all boundaries of two models: `mean[i][j]` is the distance from boundary i of `a` to j of `b`."""
+
+    metric: str
+    """Metric label, for example `angular[last]`."""
+    a: str
+    b: str
+    mean: tuple[tuple[float, ...], ...]
+    stderr: tuple[tuple[float, ...], ...]
+
+
+class Measurement(Record):
+    """What the engine measured on the calibration text."""
+
+    tables: tuple[Table, ...]
+    samples: int
+    """Token sequences that were used."""
+    tokens: int
+    """Tokens that were used; pads never count."""
+    details: dict[str, Any]
+    """Data source, settings, BOS policy, dtype, device, documents read and skipped, versions."""
+
+    def table(self, metric: str, a: str, b: str) -> Table:
+        """The table of `metric` between models `a` and `b`. Raises KeyError when it was not measured."""
+        for table in self.tables:
+            if (table.metric, table.a, table.b) == (metric, a, b):
+                return table
+        raise KeyError(f"{metric} between {a} and {b}")
+
+
+class Edit(Record):
+    """One changed value of config.json."""
+
+    key: str
+    """Dotted path of the value."""
+    before: Any
+    after: Any
+    reason: str
+
+
+class TensorCopy(Record):
+    """One tensor of the output and the byte range of a source file that it is copied from."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    model: str
+    """Alias of the source."""
+    file: str
+    """Weight file inside the source folder."""
+    begin: int
+    """First byte in that file (absolute, the header included)."""
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+class Part(Record):
+    """A byte range that goes into an average, and its weight."""
+
+    model: str
+    file: str
+    begin: int
+    end: int
+    dtype: str
+    weight: float
+
+
+class TensorMade(Record):
+    """One tensor of the output that is computed: `cast(sum of weight * part) * factors`, one factor after the other.
+
+    Without parts it is zero. The cast is to `compute` (or, when null, to the dtype of the first part); an average is taken in
+    float32, each product is rounded in the dtype of the computation, and the result is cast to `dtype`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    factors: tuple[float, ...] = ()
+    compute: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BITS[self.dtype] // 8
+
+
+class OutputFile(Record):
+    """One safetensors file of the output: its tensors in the order of their bytes, without holes."""
+
+    name: str
+    metadata: dict[str, str]
+    """The `__metadata__` of the header."""
+    tensors: tuple[TensorCopy | TensorMade, ...]
+
+
+class Companion(Record):
+    """A file that is carried over byte for byte."""
+
+    name: str
+    model: str
+    size: int
+
+
+class LeftOut(Record):
+    """Something of a source that does not reach the output, and why."""
+
+    model: str
+    what: str
+    """A tensor name, a file, or a layer."""
+    reason: str
+
+
+class Actions(Record):
+    """Everything that execution needs, and nothing else: two plans with equal actions write equal folders."""
+
+    layers: tuple[LayerRef, ...]
+    """The output stack, first layer first."""
+    config: str
+    """Text of the output's config.json."""
+    files: tuple[OutputFile, ...]
+    index: str | None
+    """Text of model.safetensors.index.json; null when there is one file."""
+    companions: tuple[Companion, ...]
+
+
+class Plan(Record):
+    """What will be done, with the evidence. Executing it takes no decision."""
+
+    format: Literal["layercut-plan/1"] = FORMAT
+    version: str
+    """Version of layercut that made the plan."""
+    recipe: dict[str, Any]
+    """The recipe as it was understood, overrides applied."""
+    output: str | None
+    """Output folder that the recipe names."""
+    sources: dict[str, Source]
+    donor: str
+    """Alias of the source that config and companion files come from."""
+    seams: tuple[Seam, ...]
+    choices: tuple[Choice, ...]
+    edits: tuple[Edit, ...]
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...] = ()
+    """Warnings for the reader."""
+    measurement: Measurement | None
+    actions: Actions
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the actions and of what the sources were: equal digests write equal folders."""
+        parts = [self.actions.model_dump(mode="json"), {name: source.digest for name, source in sorted(self.sources.items())}]
+        text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(t.nbytes for file in self.actions.files for t in file.tensors)
+
+    def to_json(self) -> str:
+        """The plan as JSON text that `Plan.from_json` and `layercut run` read back."""
+        return self.model_dump_json(indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: Path | str = "plan") -> Plan:
+        """Read a plan back. Raises LayercutError when the text is not a plan that this version can run."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "plan"
+            hint = "make the plan again with: layercut plan RECIPE -o FILE"
+            raise LayercutError(f"{place}: {first['msg']}", where=where, hint=hint) from None

@@ -1,0 +1,354 @@
+"""copying.py: every way of copying gives the same bytes, and what goes wrong is said or falls back."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layercut import copying
+from layercut.copying import BUFFER, Range, SourceFiles, coalesce, copy_range, explained, new_file, sync, write_bytes
+from layercut.errors import CheckpointError, OutputError
+
+CONTENT = random.Random(0).randbytes(3 * BUFFER + 17)
+WAYS = ("copy_file_range", "sendfile", "pread")
+
+
+def only(monkeypatch, way):
+    """Leave one way of copying; the ones before it fail as on a system without them."""
+
+    def absent(*args, **kwargs):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    for earlier in WAYS[: WAYS.index(way)]:
+        monkeypatch.setattr(os, earlier, absent, raising=False)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Descriptors of a source with CONTENT and of a target full of dots."""
+    (tmp_path / "source").write_bytes(CONTENT)
+    (tmp_path / "target").write_bytes(b"." * len(CONTENT))
+    with ExitStack() as stack:
+        source = os.open(tmp_path / "source", os.O_RDONLY)
+        target = os.open(tmp_path / "target", os.O_RDWR)
+        stack.callback(os.close, source)
+        stack.callback(os.close, target)
+        yield source, target
+
+
+def content(descriptor):
+    return os.pread(descriptor, 2 * len(CONTENT), 0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("begin", "at", "length"), [(0, 0, len(CONTENT)), (5, 11, 2 * BUFFER + 3), (BUFFER - 1, 0, 2), (7, 3, 0), (len(CONTENT) - 1, 9, 1)]
+)
+def test_every_way_copies_the_range_and_nothing_else(pair, monkeypatch, way, begin, at, length):
+    only(monkeypatch, way)
+    source, target = pair
+    steps = []
+    copy_range(source, target, begin, at, length, steps.append)
+    expected = bytearray(b"." * len(CONTENT))
+    expected[at : at + length] = CONTENT[begin : begin + length]
+    assert content(target) == bytes(expected)
+    assert content(source) == CONTENT
+    assert sum(steps) == length
+
+
+def test_kernel_copy_is_asked_first_and_nothing_else(pair, monkeypatch):
+    def never(*args):
+        raise AssertionError("copied through memory")
+
+    monkeypatch.setattr(os, "sendfile", never)
+    monkeypatch.setattr(os, "pread", never)
+    copy_range(*pair, 0, 0, 1000)
+
+
+def test_short_copies_go_on(pair, monkeypatch):
+    real = os.copy_file_range
+    monkeypatch.setattr(os, "copy_file_range", lambda a, b, count, **at: real(a, b, min(count, 1000), **at))
+    source, target = pair
+    steps = []
+    copy_range(source, target, 10, 20, 4500, steps.append)
+    assert steps == [1000, 1000, 1000, 1000, 500]
+    assert content(target)[20:4520] == CONTENT[10:4510]
+
+
+def test_a_step_is_bounded(pair, monkeypatch):
+    monkeypatch.setattr(copying, "STEP", 4096)
+    steps = []
+    copy_range(*pair, 0, 0, 10000, steps.append)
+    assert steps == [4096, 4096, 1808]
+
+
+def test_memory_is_bounded_by_the_buffer(pair, monkeypatch):
+    only(monkeypatch, "pread")
+    real, asked = os.pread, []
+    monkeypatch.setattr(os, "pread", lambda descriptor, count, at: asked.append(count) or real(descriptor, count, at))
+    copy_range(*pair, 0, 0, len(CONTENT))
+    assert asked == [BUFFER, BUFFER, BUFFER, 17]
+
+
+def test_short_writes_go_on(pair, monkeypatch):
+    only(monkeypatch, "pread")
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, at: real(descriptor, data[:100], at))
+    source, target = pair
+    copy_range(source, target, 1, 2, 1234)
+    assert content(target)[2:1236] == CONTENT[1:1235]
+
+
+@pytest.mark.parametrize("code", sorted(copying._UNSUPPORTED))
+def test_what_the_kernel_cannot_do_falls_back_half_way(pair, monkeypatch, code):
+    real, calls = os.copy_file_range, []
+
+    def once(source, target, count, **at):
+        calls.append(count)
+        if len(calls) > 1:
+            raise OSError(code, os.strerror(code))
+        return real(source, target, 333, **at)
+
+    monkeypatch.setattr(os, "copy_file_range", once)
+    source, target = pair
+    copy_range(source, target, 3, 4, 5000)
+    assert calls == [5000, 4667]
+    assert content(target)[4:5004] == CONTENT[3:5003]
+
+
+def test_systems_without_kernel_copies(pair, monkeypatch):
+    monkeypatch.delattr(os, "copy_file_range")
+    monkeypatch.delattr(os, "sendfile")
+    source, target = pair
+    copy_range(source, target, 0, 0, len(CONTENT))
+    assert content(target) == CONTENT
+
+
+def test_a_kernel_copy_that_gives_nothing_is_not_the_end(pair, monkeypatch):
+    monkeypatch.setattr(os, "copy_file_range", lambda *args, **at: 0)
+    monkeypatch.setattr(os, "sendfile", lambda *args: 0)
+    source, target = pair
+    copy_range(source, target, 0, 0, 100)
+    assert content(target)[:100] == CONTENT[:100]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("way", WAYS)
+def test_real_failures_are_raised_as_they_are(pair, monkeypatch, way, code):
+    only(monkeypatch, way)
+
+    def broken(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, way, broken)
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        copy_range(*pair, 0, 0, 100)
+    assert caught.value.errno == code
+
+
+def test_unsupported_at_the_last_resort_is_raised(pair, monkeypatch):
+    only(monkeypatch, "pread")
+    with pytest.raises(OSError) as caught:
+        copy_range(pair[0], pair[0], 0, 0, 100)
+    assert caught.value.errno == errno.EBADF
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_source_that_ends_early(pair, monkeypatch, way):
+    only(monkeypatch, way)
+    with pytest.raises(CheckpointError) as caught:
+        copy_range(*pair, len(CONTENT) - 10, 0, 25)
+    assert str(caught.value) == f"ended early: 15 bytes are missing from byte {len(CONTENT)} on"
+
+
+def test_across_file_systems(tmp_path):
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system")
+    with tempfile.TemporaryFile(dir=shared) as source, tempfile.TemporaryFile(dir=tmp_path) as target:
+        source.write(CONTENT)
+        source.flush()
+        copy_range(source.fileno(), target.fileno(), 1, 0, len(CONTENT) - 1)
+        assert content(target.fileno()) == CONTENT[1:]
+
+
+A, B = Path("a"), Path("b")
+
+
+@pytest.mark.parametrize(
+    ("ranges", "joined"),
+    [
+        ([], []),
+        ([(A, 0, 4)], [(A, 0, 4)]),
+        ([(A, 0, 4), (A, 4, 9), (A, 9, 9), (A, 9, 12)], [(A, 0, 12)]),
+        ([(A, 0, 4), (A, 5, 9)], [(A, 0, 4), (A, 5, 9)]),
+        ([(A, 4, 9), (A, 0, 4)], [(A, 4, 9), (A, 0, 4)]),
+        ([(A, 0, 4), (B, 4, 9)], [(A, 0, 4), (B, 4, 9)]),
+        ([(A, 0, 4), (A, 0, 4)], [(A, 0, 4), (A, 0, 4)]),
+    ],
+)
+def test_coalesce(ranges, joined):
+    assert list(coalesce(Range(*part) for part in ranges)) == joined
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 200)), max_size=12), st.sampled_from(WAYS))
+def test_coalesced_copies_concatenate_the_ranges(cuts, way):
+    with pytest.MonkeyPatch.context() as monkeypatch, tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        only(monkeypatch, way)
+        path = Path(folder, "source")
+        path.write_bytes(CONTENT[:700])
+        ranges = [Range(path, begin, begin + length) for begin, length in cuts]
+        target = os.open(Path(folder, "target"), os.O_RDWR | os.O_CREAT)
+        stack.callback(os.close, target)
+        opened, position = SourceFiles(stack), 0
+        for part in coalesce(ranges):
+            opened.copy(part, target, position)
+            position += part.end - part.begin
+        assert content(target) == b"".join(CONTENT[part.begin : part.end] for part in ranges)
+
+
+def test_source_files_are_opened_once_and_closed(tmp_path, monkeypatch):
+    (tmp_path / "source").write_bytes(CONTENT[:100])
+    real, opened = os.open, []
+    with ExitStack() as stack, (tmp_path / "target").open("wb") as target:
+        monkeypatch.setattr(os, "open", lambda path, *args: opened.append(path) or real(path, *args))
+        files = SourceFiles(stack)
+        for at in (0, 50, 25):
+            files.copy(Range(tmp_path / "source", at, at + 25), target.fileno(), at)
+        descriptor = files._open[tmp_path / "source"][0]
+        assert os.fstat(descriptor).st_size == 100
+        files.check_unchanged()
+    assert opened == [tmp_path / "source"]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_source_files_name_the_file_that_ends_early(tmp_path):
+    path = tmp_path / "source"
+    path.write_bytes(b"12345")
+    with ExitStack() as stack, (tmp_path / "target").open("wb") as target, pytest.raises(CheckpointError) as caught:
+        SourceFiles(stack).copy(Range(path, 2, 9), target.fileno(), 0)
+    assert str(caught.value) == f"{path}: ended early: 4 bytes are missing from byte 5 on; plan again"
+
+
+def test_source_files_name_the_file_that_is_gone(tmp_path):
+    with ExitStack() as stack, pytest.raises(CheckpointError) as caught:
+        SourceFiles(stack).copy(Range(tmp_path / "gone", 0, 1), 1, 0)
+    assert str(caught.value) == f"{tmp_path / 'gone'}: cannot be read: No such file or directory"
+
+
+def test_source_files_name_the_file_that_fails(tmp_path, monkeypatch):
+    path = tmp_path / "source"
+    path.write_bytes(b"12345")
+
+    def broken(*args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "copy_file_range", broken)
+    with ExitStack() as stack, (tmp_path / "target").open("wb") as target, pytest.raises(OSError) as caught:
+        SourceFiles(stack).copy(Range(path, 0, 5), target.fileno(), 0)
+    assert str(caught.value) == f"[Errno {errno.EIO}] Input/output error (copying from {path})"
+
+
+@pytest.mark.parametrize("write", [lambda path: path.write_bytes(b"1234567"), lambda path: os.utime(path, ns=(1, 1))])
+def test_source_files_tell_a_change(tmp_path, write):
+    path = tmp_path / "source"
+    path.write_bytes(b"12345")
+    with ExitStack() as stack, (tmp_path / "target").open("wb") as target:
+        files = SourceFiles(stack)
+        files.copy(Range(path, 0, 5), target.fileno(), 0)
+        write(path)
+        with pytest.raises(CheckpointError) as caught:
+            files.check_unchanged()
+    assert str(caught.value) == f"{path}: was changed while it was copied; run again when nothing writes to it"
+
+
+def test_new_file_has_the_same_mode_whatever_the_umask(tmp_path):
+    for number, mask in enumerate((0o000, 0o077, 0o777)):
+        (tmp_path / str(number)).mkdir()
+        before = os.umask(mask)
+        try:
+            with new_file(tmp_path / str(number) / "file", Path("shown")) as target:
+                write_bytes(target, b"abc")
+        finally:
+            os.umask(before)
+        path = tmp_path / str(number) / "file"
+        assert path.stat().st_mode & 0o777 == 0o644
+        assert path.read_bytes() == b"abc"
+
+
+def test_new_file_makes_folders(tmp_path):
+    with new_file(tmp_path / "a" / "b" / "file", Path("shown")) as target:
+        write_bytes(target, b"abc")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"abc"
+
+
+def test_new_file_replaces_nothing_and_follows_nothing(tmp_path):
+    (tmp_path / "there").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("there", "link"):
+        with pytest.raises(OutputError) as caught, new_file(tmp_path / name, Path("out") / name):
+            raise AssertionError("opened")
+        assert str(caught.value) == f"out/{name}: cannot be written: File exists"
+    assert (tmp_path / "there").read_bytes() == b"mine"
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_new_file_is_on_the_disk_before_it_is_left(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with new_file(tmp_path / "file", Path("shown")) as target:
+        assert synced == []
+    assert synced == [target]
+
+
+def test_a_disk_that_fills_up_at_fsync(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError) as caught, new_file(tmp_path / "file", Path("out/file")):
+        pass
+    assert str(caught.value) == "out/file: cannot be written: No space left on device; free some space and run again"
+
+
+def test_write_bytes_goes_on_after_short_writes(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:3]))
+    with (tmp_path / "file").open("wb") as target:
+        write_bytes(target.fileno(), b"0123456789")
+        write_bytes(target.fileno(), b"")
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (errno.ENOSPC, "x: cannot be written: No space left on device; free some space and run again"),
+        (errno.EDQUOT, "x: cannot be written: Disk quota exceeded; free some space and run again"),
+        (errno.EROFS, "x: cannot be written: Read-only file system"),
+        (errno.EACCES, "x: cannot be written: Permission denied"),
+        (errno.EIO, "x: cannot be written: Input/output error"),
+    ],
+)
+def test_explained(code, text):
+    assert str(explained(OSError(code, os.strerror(code)), "x")) == text
+
+
+def test_sync_puts_the_folder_on_the_disk_and_closes_it(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append((descriptor, os.fstat(descriptor).st_ino)))
+    sync(tmp_path)
+    [(descriptor, inode)] = synced
+    assert inode == tmp_path.stat().st_ino
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

@@ -1,0 +1,197 @@
+"""The whole way: recipe in, model out. The oracle is transformers with the layers removed in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import KINDS
+
+from layercut.cli import main
+from layercut.plan import Plan
+from layercut.report import VOLATILE, read_report
+
+ROOT = Path(__file__).parent.parent
+
+
+def rearranged(folder: Path, order: Sequence[int]) -> Any:
+    """The model of `folder` with its layers picked in memory, in float32."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    backbone = model.base_model
+    name = "h" if hasattr(backbone, "h") else "layers"
+    layers = getattr(backbone, name)
+    setattr(backbone, name, torch.nn.ModuleList([layers[index] for index in order]))
+    model.config.num_hidden_layers = len(order)
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds is not None:
+        model.config.layer_types = [kinds[index] for index in order]
+    return model
+
+
+def logits(model: Any, length: int = 24) -> Any:
+    import torch
+
+    ids = torch.arange(3, 3 + length).remainder(model.config.vocab_size)[None]
+    with torch.inference_mode():
+        return model(ids, use_cache=False).logits
+
+
+def reloaded(folder: Path) -> Any:
+    import torch
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a folder, clocks and versions in the report aside."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        data = path.read_bytes() if path.is_file() else b""
+        if path.name == "layercut.json":
+            report = json.loads(data)
+            data = json.dumps({key: value for key, value in report.items() if key not in VOLATILE}).encode()
+        found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("steps", "order"),
+    [
+        ("[{prune: {at: [1, 4]}}]", [0, 2, 3, 5]),
+        ("[{prune: {at: 0}}]", [1, 2, 3, 4, 5]),
+        ("[{keep: {at: ['0-2', 5]}}]", [0, 1, 2, 5]),
+        ("[{duplicate: {at: '2-3'}}]", [0, 1, 2, 3, 2, 3, 4, 5]),
+    ],
+)
+def test_same_logits_as_in_memory(kind: str, steps: str, order: list[int], tiny: Callable[..., Path], tmp_path: Path) -> None:
+    import torch
+
+    source = tiny(kind)
+    recipe = write(tmp_path / "r.yaml", f"model: {source}\nsteps: {steps}\noutput: {tmp_path / 'out'}\n")
+    assert main(["run", str(recipe), "-q"]) == 0
+    assert torch.equal(logits(reloaded(tmp_path / "out")), logits(rearranged(source, order)))
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_smollm2_cut_by_measurement(smollm2: Path, tmp_path: Path) -> None:
+    """Real weights: the block is chosen by distance, and the result is the model without it, bit for bit."""
+    import torch
+
+    recipe = write(
+        tmp_path / "r.yaml",
+        f"model: {smollm2}\ncalibration: {{source: builtin, samples: 4, max_length: 128}}\n"
+        f"steps: [{{prune: {{layers: 6}}}}]\noutput: {tmp_path / 'out'}\n",
+    )
+    assert main(["run", str(recipe), "-q"]) == 0
+    report = read_report(tmp_path / "out")
+    assert len(report.layers) == 24 and len(report.seams) == 1
+    order = [layer.index for layer in report.layers]
+    assert torch.equal(logits(reloaded(tmp_path / "out"), 64), logits(rearranged(smollm2, order), 64))
+    candidates = report.choices[0].candidates
+    assert len(candidates) == 25
+    best = min(candidates, key=lambda candidate: candidate.cost)
+    assert (report.seams[0].from_boundary, report.seams[0].to_boundary) == (best.start, best.stop)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_planted_block_is_found(tmp_path: Path) -> None:
+    """Layers 5 to 8 of 12 hardly change the state: a cut of four layers takes exactly them."""
+    import torch
+    import transformers
+    from conftest import tiny_model
+
+    source = tiny_model(tmp_path / "source", layers=12)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        for index in range(5, 9):
+            model.model.layers[index].self_attn.o_proj.weight.mul_(1e-3)
+            model.model.layers[index].mlp.down_proj.weight.mul_(1e-3)
+    model.save_pretrained(source)
+    for metric in ("angular", "cosine"):
+        text = f"model: {source}\nmetric: {metric}\ncalibration: {{source: builtin, samples: 4, max_length: 64}}\nsteps: [{{prune: {{layers: 4}}}}]\n"
+        recipe = write(tmp_path / f"{metric}.yaml", text)
+        assert main(["run", str(recipe), "-q", "--out", str(tmp_path / metric)]) == 0
+        assert read_report(tmp_path / metric).dropped == {str(source): (5, 6, 7, 8)}
+
+
+def test_slices_with_auto_and_prune_are_one_plan(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    source = tiny("llama", layers=8)
+    text = "calibration: {source: builtin, samples: 4, max_length: 64}\n"
+    pruned = write(tmp_path / "a.yaml", f"model: {source}\n{text}steps: [{{prune: {{layers: 3}}}}]\n")
+    sliced = write(tmp_path / "b.yaml", f"slices:\n- {{model: {source}, layer_range: [0, auto]}}\n- {{model: {source}, layer_range: [auto, 8]}}\ndepth: 5\n{text}")
+    plans = []
+    for recipe in (pruned, sliced):
+        assert main(["plan", str(recipe), "-q", "-o", str(recipe.with_suffix(".json"))]) == 0
+        plans.append(Plan.from_json(recipe.with_suffix(".json").read_bytes()))
+    assert plans[0].digest == plans[1].digest
+    assert (plans[0].actions, plans[0].seams, plans[0].edits) == (plans[1].actions, plans[1].seams, plans[1].edits)
+
+
+def test_a_plan_runs_to_the_same_bytes(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    text = f"model: {tiny('qwen3')}\ncalibration: {{source: builtin, samples: 2, max_length: 64}}\nsteps: [{{prune: {{layers: 2}}}}]\n"
+    recipe = write(tmp_path / "r.yaml", text)
+    assert main(["plan", str(recipe), "-q", "-o", str(tmp_path / "plan.json")]) == 0
+    assert main(["run", str(tmp_path / "plan.json"), "-q", "--out", str(tmp_path / "from-plan")]) == 0
+    assert main(["run", str(recipe), "-q", "--out", str(tmp_path / "from-recipe")]) == 0
+    assert digests(tmp_path / "from-plan") == digests(tmp_path / "from-recipe")
+
+
+def test_evaluation_is_reported(tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write(
+        tmp_path / "r.yaml",
+        f"model: {tiny('llama')}\nsteps: [{{prune: {{at: 2}}}}]\noutput: {tmp_path / 'out'}\n"
+        "evaluate: {perplexity: {source: builtin, samples: 2, max_length: 64}, generate: Once upon a time, tokens: 5}\n",
+    )
+    assert main(["run", str(recipe), "-q"]) == 0
+    shown = capsys.readouterr().out
+    report = read_report(tmp_path / "out")
+    assert report.evaluation is not None
+    before, after = (report.evaluation["perplexity"][name]["value"] for name in ("before", "after"))
+    assert before != after and f"{before:.2f} -> {after:.2f}" in shown
+    assert main(["eval", str(tmp_path / "out"), "--samples", "2", "--max-length", "64", "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["value"] == pytest.approx(after)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_static_output_does_not_depend_on_seed_or_threads(shards: int, byte_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = byte_checkpoint(shards=shards)
+    (source / "tokenizer.json").write_text("{}")
+    recipe = write(tmp_path / "r.yaml", f"model: {source}\nsteps: [{{prune: {{at: [1, 3]}}}}, {{duplicate: {{at: 2, times: 2}}}}]\noutput: {{path: out, max_shard_size: 500}}\n")
+    found = []
+    for number, (seed, threads) in enumerate([("0", "1"), ("1", "2"), ("2", "1"), ("3", "2")]):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
+        folder = tmp_path / f"run{number}"
+        folder.mkdir()
+        subprocess.run([sys.executable, "-m", "layercut", "run", str(recipe), "-q"], cwd=folder, env={**environment, "PYTHONPATH": str(ROOT)}, check=True)
+        found.append(digests(folder / "out"))
+    assert found[1:] == found[:-1] and len(found[0]) > 5
+
+
+def test_a_second_cut_of_a_cut(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """An output is a checkpoint like any other."""
+    import torch
+
+    source = tiny("gemma3_text", layers=6)
+    first = write(tmp_path / "a.yaml", f"model: {source}\nsteps: [{{prune: {{at: 1}}}}]\noutput: {tmp_path / 'a'}\n")
+    second = write(tmp_path / "b.yaml", f"model: {tmp_path / 'a'}\nsteps: [{{prune: {{at: 2}}}}]\noutput: {tmp_path / 'b'}\n")
+    assert main(["run", str(first), "-q"]) == main(["run", str(second), "-q"]) == 0
+    assert torch.equal(logits(reloaded(tmp_path / "b")), logits(rearranged(source, [0, 2, 4, 5])))

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from layercut.stack import Boundary, Joint, LayerRef, Run, Stack, joints, runs
+
+DEPTHS = {"a": 6, "b": 4}
+
+
+def stack(*names: str) -> Stack:
+    """`stack("a0", "b3")` is layer 0 of a, then layer 3 of b."""
+    return tuple(LayerRef(model=name[0], index=int(name[1:])) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("a0 a1 a2 a3 a4 a5", []),
+        ("a0 a1 a4 a5", [(2, "a", 2, "a", 4)]),
+        ("a2 a3 a4 a5", [(0, "a", 0, "a", 2)]),
+        ("a0 a1 a2 a3", [(4, "a", 4, "a", 6)]),
+        ("a0 a1 a0 a1 a2 a3 a4 a5", [(2, "a", 2, "a", 0)]),
+        ("a0 a1 a2 a3 a4 a5 a5", [(6, "a", 6, "a", 5)]),
+        ("a1 a0 a2 a3 a4 a5", [(0, "a", 0, "a", 1), (1, "a", 2, "a", 0), (2, "a", 1, "a", 2)]),
+        ("a0 a1 a2 b3", [(3, "a", 3, "b", 3)]),
+        ("a0 b1 b2 b3", [(1, "a", 1, "b", 1)]),
+        ("b1 a2", [(0, "b", 0, "b", 1), (1, "b", 2, "a", 2), (2, "a", 3, "a", 6)]),
+        ("b3", [(0, "b", 0, "b", 3)]),
+        ("a0", [(1, "a", 1, "a", 6)]),
+    ],
+)
+def test_joints(layers: str, expected: list[tuple[int, str, int, str, int]]) -> None:
+    found = list(joints(stack(*layers.split()), DEPTHS))
+    assert found == [Joint(at, Boundary(m, i), Boundary(n, j)) for at, m, i, n, j in expected]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("a0 a1 a2", [("a", 0, 3)]),
+        ("a0 a2 a3", [("a", 0, 1), ("a", 2, 4)]),
+        ("a0 a1 b2 b3 a2", [("a", 0, 2), ("b", 2, 4), ("a", 2, 3)]),
+        ("a1 a1", [("a", 1, 2), ("a", 1, 2)]),
+        ("a2 a1 a0", [("a", 2, 3), ("a", 1, 2), ("a", 0, 1)]),
+        ("a0 b1", [("a", 0, 1), ("b", 1, 2)]),
+    ],
+)
+def test_runs(layers: str, expected: list[tuple[str, int, int]]) -> None:
+    assert list(runs(stack(*layers.split()))) == [Run(*run) for run in expected]
+
+
+def test_runs_of_nothing() -> None:
+    assert runs(()) == ()
+
+
+def test_a_run_is_written_half_open() -> None:
+    assert str(Run("a", 3, 7)) == "[3, 7)"
+
+
+layers = st.sampled_from([LayerRef(model=model, index=index) for model, depth in DEPTHS.items() for index in range(depth)])
+
+
+@given(st.lists(layers, min_size=1, max_size=12).map(tuple))
+def test_runs_are_the_stack_again_and_meet_at_seams(order: Stack) -> None:
+    found = runs(order)
+    assert tuple(LayerRef(model=run.model, index=index) for run in found for index in range(run.start, run.stop)) == order
+    inner = [joint for joint in joints(order, DEPTHS) if 0 < joint.at < len(order)]
+    assert len(inner) == len(found) - 1
+    for joint, before, after in zip(inner, found, found[1:], strict=False):
+        assert joint.source == Boundary(before.model, before.stop)
+        assert joint.target == Boundary(after.model, after.start)
+
+
+@given(st.lists(layers, min_size=1, max_size=12).map(tuple))
+def test_seams_are_in_order_and_never_join_a_state_with_itself(order: Stack) -> None:
+    found = list(joints(order, DEPTHS))
+    assert [joint.at for joint in found] == sorted({joint.at for joint in found})
+    assert all(joint.source != joint.target for joint in found)
+
+
+def test_a_record_is_frozen_and_refuses_unknown_keys() -> None:
+    layer = LayerRef(model="a", index=1)
+    with pytest.raises(ValidationError, match="frozen"):
+        layer.index = 2  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="extra_forbidden"):
+        LayerRef(model="a", index=1, depth=3)  # type: ignore[call-arg]
+    assert hash(layer) == hash(LayerRef(model="a", index=1))

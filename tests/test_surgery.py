@@ -1,0 +1,447 @@
+"""Config surgery, on configs written by hand. Case numbers are those of models that other tools get wrong."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layercut.architecture import Member, find_stack
+from layercut.checkpoint import open_checkpoint
+from layercut.errors import RefusedError
+from layercut.stack import LayerRef
+from layercut.surgery import (
+    INDICES,
+    INDICES_FROM_1,
+    KEYED,
+    LETTERS,
+    LIST,
+    PERIOD,
+    PREFIX,
+    RULES,
+    SUFFIX,
+    Dependent,
+    Rule,
+    Surgery,
+    dependents,
+    operate,
+)  # fmt: skip
+
+
+def member(folder: Path, config: dict[str, Any] | str, layers: int, prefix: str = "model.layers.") -> Member:
+    """A checkpoint of `layers` layers with this config, as data or as text."""
+    tensors = {f"{prefix}{layer}.w": ("U8", (4,), b"....") for layer in range(layers)}
+    write_checkpoint(folder, tensors, config if isinstance(config, dict) else {})
+    if isinstance(config, str):
+        (folder / "config.json").write_bytes(config.encode())
+    checkpoint = open_checkpoint(folder)
+    return Member(checkpoint, find_stack(checkpoint))
+
+
+def cut(folder: Path, config: dict[str, Any] | str, layers: int, order: Sequence[int], prefix: str = "model.layers.") -> Surgery:
+    source = member(folder, config, layers, prefix)
+    return operate(source.checkpoint.config_text, "m", {"m": source}, [LayerRef(model="m", index=index) for index in order])
+
+
+def without(depth: int, *gone: int) -> list[int]:
+    return [index for index in range(depth) if index not in gone]
+
+
+S, F = "sliding_attention", "full_attention"
+QWEN3 = {"model_type": "qwen3", "num_hidden_layers": 6, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3,
+         "layer_types": [S, F, S, F, S, F]}  # fmt: skip
+LLAMA4 = {"model_type": "llama4_text", "num_hidden_layers": 8, "interleave_moe_layer_step": 2, "moe_layers": [1, 3, 5, 7],
+          "no_rope_layers": [1, 1, 1, 0, 1, 1, 1, 0], "no_rope_layer_interval": 4, "layer_types": [S, S, S, F, S, S, S, F]}  # fmt: skip
+JAMBA = {"model_type": "jamba", "num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 2, "expert_layer_period": 2,
+         "expert_layer_offset": 1, "num_experts": 4}  # fmt: skip
+KIMI = {"model_type": "kimi_linear", "num_hidden_layers": 6, "first_k_dense_replace": 1,
+        "linear_attn_config": {"full_attn_layers": [3, 6], "kda_layers": [1, 2, 4, 5], "num_heads": 6}}  # fmt: skip
+NEMOTRON = {"model_type": "nemotron_h", "num_hidden_layers": 6, "hybrid_override_pattern": "ME*-M*",
+            "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba", "attention"]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "order", "edits"),
+    [
+        pytest.param(QWEN3, without(6, 0), {"num_hidden_layers": 5, "max_window_layers": 2, "layer_types": [F, S, F, S, F]}, id="1 qwen3"),
+        pytest.param(
+            QWEN3, [0, 1, 4, 5, 0], {"num_hidden_layers": 5, "layer_types": [S, F, S, F, S]}, id="1 qwen3, no prefix but a list",
+        ),
+        pytest.param(
+            {"model_type": "hunyuan_v1_moe", "num_hidden_layers": 6, "num_experts": 4, "moe_topk": [2, 1, 2, 1, 2, 1]},
+            without(6, 2), {"num_hidden_layers": 5, "moe_topk": [2, 1, 1, 2, 1]}, id="2 hunyuan",
+        ),
+        pytest.param(JAMBA, without(8, 0, 1, 2, 3), {"num_hidden_layers": 4}, id="4 jamba, one period"),
+        pytest.param(
+            NEMOTRON, without(6, 3),
+            {"num_hidden_layers": 5, "hybrid_override_pattern": "ME*M*",
+             "layers_block_type": ["mamba", "moe", "attention", "mamba", "attention"]},
+            id="7 nemotron_h",
+        ),
+        pytest.param(
+            LLAMA4, without(8, 2),
+            {"num_hidden_layers": 7, "moe_layers": [1, 2, 4, 6], "no_rope_layers": [1, 1, 0, 1, 1, 1, 0],
+             "layer_types": [S, S, F, S, S, S, F]},
+            id="8 llama4",
+        ),
+        pytest.param(
+            KIMI, without(6, 2), {"num_hidden_layers": 5, "linear_attn_config.full_attn_layers": [5],
+                                  "linear_attn_config.kda_layers": [1, 2, 3, 4]}, id="14 kimi, numbers from 1",
+        ),
+        pytest.param(
+            KIMI, without(6, 0), {"num_hidden_layers": 5, "linear_attn_config.full_attn_layers": [2, 5],
+                                  "linear_attn_config.kda_layers": [1, 3, 4], "first_k_dense_replace": 0}, id="14 kimi, the dense layer",
+        ),
+        pytest.param(
+            {"model_type": "qwen3_moe", "num_hidden_layers": 6, "mlp_only_layers": [1, 4], "num_experts": 4, "decoder_sparse_step": 1},
+            without(6, 0), {"num_hidden_layers": 5, "mlp_only_layers": [0, 3]}, id="16 qwen3_moe",
+        ),
+        pytest.param(
+            {"model_type": "qwen3_moe", "num_hidden_layers": 6, "mlp_only_layers": [], "decoder_sparse_step": 1},
+            without(6, 0), {"num_hidden_layers": 5}, id="16 qwen3_moe, none",
+        ),
+        pytest.param(
+            {"model_type": "llama", "num_hidden_layers": 3}, [0, 1, 2, 0, 1, 2], {"num_hidden_layers": 6}, id="doubled"
+        ),
+        pytest.param(
+            {"model_type": "llama", "num_hidden_layers": 3}, [2, 1, 0], {}, id="reordered: the depth stays"
+        ),
+    ],
+)  # fmt: skip
+def test_values_follow_the_layers(tmp_path: Path, config: dict[str, Any], order: list[int], edits: dict[str, Any]) -> None:
+    done = cut(tmp_path / "m", config, config["num_hidden_layers"], order)
+    assert {edit.key: edit.after for edit in done.edits} == edits
+    expected = json.loads(json.dumps(config))
+    for key, value in edits.items():
+        *node, last = key.split(".")
+        inner = expected
+        for part in node:
+            inner = inner[part]
+        inner[last] = value
+    assert json.loads(done.text) == expected
+    assert list(json.loads(done.text)) == list(config)
+    for edit in done.edits:
+        inner = config
+        for part in edit.key.split("."):
+            inner = inner[part]
+        assert edit.before == inner
+
+
+def test_case_3_deepseek_with_a_prediction_layer(tmp_path: Path) -> None:
+    config = {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 5,
+        "first_k_dense_replace": 2,
+        "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 1,
+    }
+    done = cut(tmp_path / "m", config, 6, without(5, 1))
+    assert [(edit.key, edit.before, edit.after, edit.reason) for edit in done.edits] == [
+        ("num_hidden_layers", 5, 4, "depth"),
+        ("first_k_dense_replace", 2, 1, "number of first layers"),
+        ("num_nextn_predict_layers", 1, 0, "multi-token-prediction layers are left out"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("order", "count"),
+    [([0, *range(3, 6)], 1), (range(2, 6), 0), ([0, 1, 0, 1, 2, 3, 4, 5], 4), (range(2), 2)],
+)
+def test_first_dense_layers(tmp_path: Path, order: Sequence[int], count: int) -> None:
+    done = cut(tmp_path / "m", {"num_hidden_layers": 6, "first_k_dense_replace": 2}, 6, list(order))
+    assert json.loads(done.text) == {"num_hidden_layers": len(order), "first_k_dense_replace": count}
+
+
+PATTERN = "cannot describe the new order of layers; choose layers that keep the pattern"
+
+
+@pytest.mark.parametrize(
+    ("config", "order", "message"),
+    [
+        (
+            {"num_hidden_layers": 6, "first_k_dense_replace": 2},
+            [*range(6), *range(6)],
+            f"config.json: first_k_dense_replace = 2 (number of first layers) {PATTERN}",
+        ),
+        (JAMBA, without(8, 0, 1), f"config.json: attn_layer_period = 4 (period of layers) {PATTERN}"),
+        (JAMBA, without(8, 1), f"config.json: attn_layer_period = 4 (period of layers) {PATTERN}"),
+        (
+            {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
+            [0, 3, 1],
+            f"config.json: num_kv_shared_layers = 2 (number of last layers) {PATTERN}",
+        ),
+        (
+            {"num_hidden_layers": 6, "use_sliding_window": True, "max_window_layers": 3},
+            [0, 4, 1],
+            f"config.json: max_window_layers = 3 (number of first layers) {PATTERN}",
+        ),
+        (
+            {"num_hidden_layers": 4, "foo_per_layer": [1, 2, 3, 4]},
+            [0, 1],
+            "config.json: foo_per_layer is a list of 4 entries, and layercut does not know whether it must follow the layers",
+        ),
+        (
+            {"num_hidden_layers": 4, "loop_layers": 4},
+            [0, 1],
+            "config.json: loop_layers is 4, the number of layers, and layercut does not know whether it must follow the layers",
+        ),
+        (
+            {"num_hidden_layers": 4, "model_type": "modernbert-decoder"},
+            [1, 2],
+            "model type modernbert-decoder: the first layer has no attention norm, so this stack would load but compute something else",
+        ),
+        (
+            {"num_hidden_layers": 4, "model_type": "diffllama"},
+            [1, 2, 3],
+            "model type diffllama: lambda_init depends on the layer index, so this stack would load but compute something else",
+        ),
+        (
+            {"num_hidden_layers": 4, "model_type": "gemma3n_text"},
+            [0, 1, 2],
+            "model type gemma3n_text: per-layer embedding tables and shared keys and values are not cut yet, "
+            "so this stack would load but compute something else",
+        ),
+    ],
+)
+def test_refusals(tmp_path: Path, config: dict[str, Any], order: list[int], message: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        cut(tmp_path / "m", config, config["num_hidden_layers"], order)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "architectures", "mrope_section", "keys_to_ignore_at_inference"])
+def test_lists_that_have_the_length_by_chance(tmp_path: Path, name: str) -> None:
+    config = {name: ["a", "b", "c", "d"], "num_hidden_layers": 4, "head_dim": 4, "num_experts": 4, "vocab_size": 4}
+    done = cut(tmp_path / "m", config, 4, [0, 1])
+    assert [edit.key for edit in done.edits] == ["num_hidden_layers"]
+
+
+def test_a_window_that_is_off_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 6, "use_sliding_window": False, "max_window_layers": 3}
+    assert [edit.key for edit in cut(tmp_path / "m", config, 6, [0, 4, 1]).edits] == ["num_hidden_layers"]
+
+
+def test_a_period_gives_way_to_its_list(tmp_path: Path) -> None:
+    """gemma3: transformers reads the list, the period beside it is a fallback."""
+    config = {"model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window_pattern": 3, "layer_types": [S, S, F, S, S, F]}
+    done = cut(tmp_path / "m", config, 6, [0, 1, 5])
+    assert {edit.key: edit.after for edit in done.edits} == {"num_hidden_layers": 3, "layer_types": [S, S, F]}
+    del config["layer_types"]
+    assert [edit.key for edit in cut(tmp_path / "n", config, 6, [0, 1, 2]).edits] == ["num_hidden_layers"]
+    with pytest.raises(RefusedError, match=r"sliding_window_pattern = 3 \(period of layers\) cannot describe"):
+        cut(tmp_path / "o", config, 6, [0, 1, 5, 2])
+
+
+def test_case_20_only_the_node_of_the_stack_is_touched(tmp_path: Path) -> None:
+    config = {
+        "model_type": "mllama",
+        "num_hidden_layers": 40,
+        "layer_types": [1, 2, 3, 4, 5, 6, 7, 8],
+        "text_config": {"num_hidden_layers": 8, "cross_attention_layers": [3]},
+        "vision_config": {"num_hidden_layers": 8, "supported_aspect_ratios": [[1, n] for n in range(8)], "layer_types": list("abcdefgh")},
+    }
+    done = cut(tmp_path / "m", config, 8, without(8, 1), prefix="language_model.model.layers.")
+    assert {edit.key: edit.after for edit in done.edits} == {"text_config.num_hidden_layers": 7, "text_config.cross_attention_layers": [2]}
+    after = json.loads(done.text)
+    assert after["vision_config"] == config["vision_config"]
+    assert after["layer_types"] == config["layer_types"]
+
+
+def test_case_23_the_text_tower_of_a_vision_model(tmp_path: Path) -> None:
+    config = {
+        "model_type": "gemma3",
+        "vision_config": {"num_hidden_layers": 4, "layer_types": [S, S, S, S]},
+        "text_config": {"num_hidden_layers": 4, "layer_types": [S, S, S, F], "sliding_window_pattern": 4},
+    }
+    done = cut(tmp_path / "m", config, 4, [0, 2, 3], prefix="language_model.model.layers.")
+    assert {edit.key: edit.after for edit in done.edits} == {"text_config.num_hidden_layers": 3, "text_config.layer_types": [S, S, F]}
+    assert json.loads(done.text)["vision_config"] == config["vision_config"]
+
+
+def test_stale_aliases_are_edited_too(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "n_layer": 4, "num_hidden_layers": 4, "n_head": 4}
+    done = cut(tmp_path / "m", config, 4, [0, 3], prefix="h.")
+    assert json.loads(done.text) == {"model_type": "gpt2", "n_layer": 2, "num_hidden_layers": 2, "n_head": 4}
+
+
+def test_the_whole_stack_leaves_the_text_alone(tmp_path: Path) -> None:
+    text = '{"num_hidden_layers":2,  "unknown_list": [1,2], "model_type": "gemma4",\t"num_nextn_predict_layers": 0}'
+    assert cut(tmp_path / "m", text, 2, [0, 1]) == Surgery(text, ())
+
+
+SPELLINGS = {
+    "two spaces": json.dumps(
+        {"rope_theta": 1e6, "a": "é", "layer_types": list("abcd"), "num_hidden_layers": 4, "z": {"y": [1, 2]}}, indent=2
+    ),
+    "four spaces": json.dumps({"a": "é", "num_hidden_layers": 4, "layer_types": list("abcd"), "z": None}, indent=4, ensure_ascii=False),
+    "tabs": json.dumps({"layer_types": list("abcd"), "num_hidden_layers": 4, "z": []}, indent="\t"),
+    "carriage returns": json.dumps({"layer_types": list("abcd"), "num_hidden_layers": 4, "z": []}, indent=2).replace("\n", "\r\n"),
+    "odd numbers": '{\n  "eps": 1e-05,\n  "big": 1E5,\n  "minus": -0.0,\n  "num_hidden_layers": 4,\n  "long": 1.0000000000000000001\n}\n',
+    "escapes": '{\n  "s": "\\u00e9\\/\\ud83d\\ude00",\n  "k\\u0065y": 1,\n  "num_hidden_layers": 4\n}',
+    "blanks": '\n {\n\n  "num_hidden_layers"   :   4 ,\n\n  "a":1   \n}\n\n',
+    "a line a list": '{\n  "layer_types": ["a", "b",\n     "c", "d"],\n  "num_hidden_layers": 4,\n  "b": 1e-05}',
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_only_the_lines_of_edited_values_change(tmp_path: Path, name: str) -> None:
+    text = SPELLINGS[name]
+    done = cut(tmp_path / "m", text, 4, [0, 3])
+    gone = [line[2:] for line in difflib.ndiff(text.split("\n"), done.text.split("\n")) if line.startswith("- ")]
+    come = [line[2:] for line in difflib.ndiff(text.split("\n"), done.text.split("\n")) if line.startswith("+ ")]
+    assert any('"num_hidden_layers"' in line and "4" in line for line in gone)
+    for line in gone + come:
+        assert (
+            "num_hidden_layers" in line or '"layer_types"' in line or line.strip().strip("],") in ('"a"', '"b"', '"c"', '"d"', '"c", "d"')
+        ), line
+    assert json.loads(done.text) == {
+        key: {"num_hidden_layers": 2, "layer_types": ["a", "d"]}.get(key, value) for key, value in json.loads(text).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("two spaces", '  "layer_types": [\n    "a",\n    "d"\n  ],\n  "num_hidden_layers": 2,'),
+        ("four spaces", '    "num_hidden_layers": 2,\n    "layer_types": [\n        "a",\n        "d"\n    ],'),
+        ("tabs", '\t"layer_types": [\n\t\t"a",\n\t\t"d"\n\t],\n\t"num_hidden_layers": 2,'),
+        ("carriage returns", '  "layer_types": [\r\n    "a",\r\n    "d"\r\n  ],\r\n  "num_hidden_layers": 2,'),
+        ("odd numbers", '  "eps": 1e-05,\n  "big": 1E5,\n  "minus": -0.0,\n  "num_hidden_layers": 2,\n  "long": 1.0000000000000000001\n'),
+        ("escapes", '  "s": "\\u00e9\\/\\ud83d\\ude00",\n  "k\\u0065y": 1,\n  "num_hidden_layers": 2\n'),
+        ("blanks", '\n {\n\n  "num_hidden_layers"   :   2 ,\n\n  "a":1   \n}\n\n'),
+        ("a line a list", '{\n  "layer_types": ["a", "d"],\n  "num_hidden_layers": 2,\n  "b": 1e-05}'),
+    ],
+)
+def test_spelling_is_kept(tmp_path: Path, name: str, expected: str) -> None:
+    assert expected in cut(tmp_path / "m", SPELLINGS[name], 4, [0, 3]).text
+
+
+def test_a_config_on_one_line(tmp_path: Path) -> None:
+    text = '{"a":1e-05,"layer_types":["a","b","c","d"],"num_hidden_layers":4,"b":[1,2]}'
+    assert cut(tmp_path / "m", text, 4, [1, 1]).text == '{"a":1e-05,"layer_types":["b", "b"],"num_hidden_layers":2,"b":[1,2]}'
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "order", "after"),
+    [
+        (LIST, ["a", "b", "c", "d"], [3, 0, 0], ["d", "a", "a"]),
+        (LIST, [[1], [2], [3], [4]], [1, 2], [[2], [3]]),
+        (INDICES, [1, 3], [3, 2, 1], [0, 2]),
+        (INDICES, [], [0, 1], []),
+        (INDICES, [0, 1, 2, 3], [0, 2], [0, 1]),
+        (INDICES, [3], [0, 1], []),
+        (INDICES_FROM_1, [1, 4], [3, 1, 0], [1, 3]),
+        (INDICES_FROM_1, [4], [3, 3], [1, 2]),
+        (PREFIX, 2, [0, 2, 3], 1),
+        (PREFIX, 2, [2, 3], 0),
+        (PREFIX, 0, [3, 1], 0),
+        (PREFIX, 9, [0, 1], 2),
+        (PREFIX, 2, [2, 0], None),
+        (SUFFIX, 2, [0, 1, 3], 1),
+        (SUFFIX, 2, [0, 1], 0),
+        (SUFFIX, 2, [3, 0], None),
+        (PERIOD, 2, [2, 3], 2),
+        (PERIOD, 2, [0, 3], 2),
+        (PERIOD, 2, [1, 2], None),
+        (PERIOD, 1, [3, 0], 1),
+        (PERIOD, 9, [0, 1], 9),
+        (PERIOD, 9, [0, 2], None),
+        (KEYED, {"1": "x", "3": "y"}, [1, 2, 3], {"0": "x", "2": "y"}),
+        (KEYED, {"01": {"a": 1}, "03": {"a": 2}}, [3, 3], {"00": {"a": 2}, "01": {"a": 2}}),
+        (KEYED, {}, [0], {}),
+        (LETTERS, "M-E*", [3, 0, 0], "*MM"),
+    ],
+)
+def test_rules(rule: Rule, value: Any, order: list[int], after: Any) -> None:
+    entries = rule.decode(value, 4)
+    assert entries is not None and len(entries) == 4
+    assert rule.encode([entries[index] for index in order], value) == after
+
+
+@pytest.mark.parametrize(
+    ("rule", "value"),
+    [
+        (LIST, ["a", "b", "c"]),
+        (LIST, "abcd"),
+        (LIST, 4),
+        (LIST, None),
+        (INDICES, [0, 4]),
+        (INDICES, [-1]),
+        (INDICES, ["0"]),
+        (INDICES, 2),
+        (INDICES_FROM_1, [0]),
+        (INDICES_FROM_1, [5]),
+        (PREFIX, None),
+        (PREFIX, "2"),
+        (SUFFIX, [2]),
+        (PERIOD, 0),
+        (PERIOD, -1),
+        (PERIOD, [2]),
+        (KEYED, {"4": 1}),
+        (KEYED, {"x": 1}),
+        (KEYED, {"²": 1}),
+        (KEYED, {"9" * 5000: 1}),
+        (KEYED, [1]),
+        (LETTERS, "abc"),
+        (LETTERS, ["a", "b", "c", "d"]),
+    ],
+)
+def test_values_that_a_rule_does_not_read(rule: Rule, value: Any) -> None:
+    assert rule.decode(value, 4) is None
+
+
+VALUES = {
+    LIST: st.lists(st.sampled_from("abc"), min_size=6, max_size=6),
+    INDICES: st.lists(st.integers(0, 5), unique=True).map(sorted),
+    INDICES_FROM_1: st.lists(st.integers(1, 6), unique=True).map(sorted),
+    PREFIX: st.integers(0, 6),
+    SUFFIX: st.integers(0, 6),
+    PERIOD: st.integers(1, 7),
+    KEYED: st.dictionaries(st.integers(0, 5).map(str), st.integers(), max_size=6),
+    LETTERS: st.text("ME*-", min_size=6, max_size=6),
+}
+
+
+@pytest.mark.parametrize("rule", list(VALUES), ids=lambda rule: rule.reason)
+@given(data=st.data())
+def test_rules_keep_what_they_say_of_each_layer(rule: Rule, data: st.DataObject) -> None:
+    """What is encoded for a new stack reads back as the entries of its layers; the old stack reads back as it was."""
+    value = data.draw(VALUES[rule])
+    entries = rule.decode(value, 6)
+    assert entries is not None
+    assert rule.encode(entries, value) == value
+    order = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=9))
+    picked = [entries[index] for index in order]
+    after = rule.encode(picked, value)
+    if after is not None:
+        again = rule.decode(after, len(order))
+        assert again is not None and list(again) == picked
+
+
+def test_every_rule_is_used_and_every_key_has_one() -> None:
+    assert {rule for rules in RULES.values() for rule in rules} == set(VALUES)
+    assert all(RULES.values())
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8))
+def test_qwen3_lists_are_gathered_for_any_order(tmp_path_factory: pytest.TempPathFactory, order: list[int]) -> None:
+    done = cut(tmp_path_factory.getbasetemp() / "any", {"num_hidden_layers": 6, "layer_types": list("abcdef")}, 6, order)
+    after = json.loads(done.text)
+    assert after == {"num_hidden_layers": len(order), "layer_types": ["abcdef"[index] for index in order]}
+
+
+def test_what_a_config_says_of_layers_can_be_listed(tmp_path: Path) -> None:
+    source = member(tmp_path / "m", KIMI, 6)
+    assert dependents(source.checkpoint.config, source.stack) == [
+        Dependent("num_hidden_layers", 6, "depth"),
+        Dependent("first_k_dense_replace", 1, "number of first layers"),
+        Dependent("linear_attn_config.full_attn_layers", [3, 6], "list of layer numbers from 1"),
+        Dependent("linear_attn_config.kda_layers", [1, 2, 4, 5], "list of layer numbers from 1"),
+    ]
