@@ -17,7 +17,7 @@ help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(DEMO)/installed ## cut six layers out of a 30-layer model and look at the result
-	HF_HUB_OFFLINE=1 $(DEMO)/bin/layercut run recipes/quickstart.yaml --overwrite
+	HF_HUB_OFFLINE=1 LAYERCUT_CACHE="$(CURDIR)/$(DEMO)/cache" $(DEMO)/bin/layercut run recipes/quickstart.yaml --overwrite
 
 test: lint ## what every change must pass
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import click
 
 from layercut.cli import cli
 from layercut.metrics import METRICS
-from layercut.operations import OPERATIONS, Dash, Percentage
+from layercut.operations import OPERATIONS
 from layercut.recipe import Recipe
 
 DOCS = Path(__file__).resolve().parent
@@ -22,23 +23,8 @@ NOTE = f"<!-- Written by docs/generate.py from the code. Change the code, then r
 WIDTH = 100
 
 # One place where an operation needs words of its own: lines that a reader can copy into `steps`.
-EXAMPLES: Mapping[str, tuple[str, ...]] = {
-    "prune": (
-        "- prune: {layers: 6}                        # the block of six that costs least",
-        "- prune: {layers: 25%, metric: cosine}      # a share of the stack, rounded down; decided by another metric",
-        '- prune: {at: [3, 7, "20-24"]}              # these layers; a dash is inclusive',
-        "- prune: {at: {every: 2, from: 8, to: 24}}  # 8, 10, ... 24",
-        "- prune: {at: -1}                           # the last layer",
-    ),
-    "keep": ('- keep: {at: ["0-11", "18-29"]}',),
-    "duplicate": (
-        '- duplicate: {at: "10-20"}              # 10 to 20 run twice, one block after the other',
-        "- duplicate: {at: [4, 8, 12], times: 2} # three layers, each run three times in a row",
-        "- duplicate: {layers: 8}                # the block of eight that costs least",
-    ),
-}
-# Patterns of texts, in words.
-WORDS = {get_args(Dash)[1].pattern: '`"a-b"`', get_args(Percentage)[1].pattern: "percentage"}
+# Texts of a pattern, in words: the first sample that a pattern takes.
+WORDS = {"3-5": '`"a-b"`', "25%": "percentage"}
 
 
 class Section(NamedTuple):
@@ -110,7 +96,8 @@ def kind(node: Mapping[str, Any], places: Mapping[str, str]) -> str:
     if node["type"] == "object":
         return f"mapping of names to {kind(node['additionalProperties'], places)}"
     if node["type"] == "string":
-        return WORDS.get(node["pattern"], f"text matching `{node['pattern']}`") if "pattern" in node else "text"
+        taken = (words for sample, words in WORDS.items() if re.search(node.get("pattern", ""), sample))
+        return next(taken, f"text matching `{node['pattern']}`") if "pattern" in node else "text"
     names = {"integer": "whole number", "number": "number", "boolean": "true or false"}
     bounds = [f"{node['minimum']}" if "minimum" in node else "", f"{node['maximum']}" if "maximum" in node else ""]
     spans = {(True, True): " {} to {}", (True, False): " from {}", (False, True): " up to {1}"}
@@ -145,7 +132,7 @@ def recipe_page() -> str:
         NOTE, "", "# Recipe reference", "", schema["description"], "",
         "Unknown keys are errors, with a suggestion. Editors check recipes as they are written when the first line is", "",
         "```yaml", "# yaml-language-server: $schema=PATH/TO/docs/recipe.schema.json", "```", "",
-        "Layers count from 0. `layer_range` is half-open, as in mergekit; ranges in `at` are inclusive because they are written with a dash.", "",
+        "Layers count from 0. `layer_range` is half-open, as in mergekit; a range in `at` is written with a dash, and inclusive.", "",
         *table(schema, places),
     ]  # fmt: skip
     for section in found:
@@ -154,7 +141,7 @@ def recipe_page() -> str:
         lines += table(node, places)
         operation = section.place.removeprefix("steps[].")
         if section.parent == "Step" and operation in OPERATIONS:
-            lines += ["", "```yaml", "steps:", *(f"  {line}" for line in EXAMPLES[operation]), "```"]
+            lines += ["", "```yaml", "steps:", *(f"  {line}" for line in OPERATIONS[operation].examples), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -170,8 +157,8 @@ def metrics_page() -> str:
         "```yaml", "metrics: [angular, {name: cosine, token: last}]", "```",
     ]  # fmt: skip
     for name, metric in METRICS.items():
-        token = metric.model_fields["token"].default
-        lines += ["", f"## `{name}`", "", inspect.cleandoc(metric.__doc__ or ""), "", f"Tokens, unless the recipe says otherwise: `{token}`."]
+        token = f"Tokens, unless the recipe says otherwise: `{metric.model_fields['token'].default}`."
+        lines += ["", f"## `{name}`", "", inspect.cleandoc(metric.__doc__ or ""), "", token]
     return "\n".join(lines) + "\n"
 
 

@@ -12,13 +12,14 @@ from typing import Any
 from layercut.architecture import Member
 from layercut.calibration import Calibration
 from layercut.errors import LayercutError, OutputError
-from layercut.executor import Place, check_vacant, execute
+from layercut.executor import execute
 from layercut.metrics import Metric
 from layercut.plan import FORMAT, Measurement, Plan
 from layercut.planner import build_plan
 from layercut.recipe import Evaluate, Recipe, load_recipe
 from layercut.report import Report, write_report
 from layercut.source import resolve
+from layercut.staging import Place, check_vacant
 
 
 def plan_recipe(recipe: Recipe | str | Path, *, overrides: Sequence[str] = (), progress: bool = True) -> Plan:

@@ -17,10 +17,11 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic import BeforeValidator, Field, StrictBool
 from pydantic_core import PydanticCustomError
 
 from layercut.errors import CalibrationError, did_you_mean
+from layercut.record import Record
 
 PIECE = 1 << 16
 """Characters of plain text that are read at a time."""
@@ -33,10 +34,8 @@ def _check_bos(value: object) -> object:
     return value
 
 
-class CalibrationBase(BaseModel):
+class CalibrationBase(Record):
     """What all sources of text have in common."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     samples: int = Field(128, ge=1)
     """Token sequences that are used at most."""

@@ -22,7 +22,9 @@ from layercut.version import __version__
 DONE, INPUT, USAGE, BUG, INTERRUPTED = 0, 1, 2, 3, 130
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-overrides = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the recipe, for example steps.0.prune.layers=8.")
+overrides = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the recipe, for example steps.0.prune.layers=8."
+)
 quiet = click.option("--quiet", "-q", is_flag=True, help="No progress bars on stderr.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from layercut.architecture import DEPTH_KEYS, MTP_KEYS, Member, config_node
@@ -13,10 +13,13 @@ from layercut.surgery import RULES
 
 # Keys that say nothing about what a layer computes.
 HARMLESS = (
-    "_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map", "use_cache", "initializer_range",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "pretraining_tp", "model_max_length",
+    "_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map", "use_cache",
+    "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id",
+    "pretraining_tp", "model_max_length",
     "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "layerdrop", "id2label", "label2id",
-    "tie_word_embeddings", "output_attentions", "output_hidden_states", "return_dict", "problem_type", "task_specific_params", "gradient_checkpointing",
+    "tie_word_embeddings", "output_attentions", "output_hidden_states", "return_dict", "problem_type",
+    "task_specific_params",
+    "gradient_checkpointing",
     "vocab_size", "max_position_embeddings", "n_positions", "n_ctx", "_attn_implementation", "quantization_config",
 )  # fmt: skip
 # What an absent key means, where classes agree on it.
@@ -57,23 +60,26 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def check_together(members: Mapping[str, Member], donor: str, *, inexact: bool = False) -> tuple[str, ...]:
-    """Compare every model with the donor. Returns notes; raises RefusedError for a mismatch that would load but compute something else.
+def check_together(
+    members: Mapping[str, Member], donor: str, givers: Sequence[str], tokenizer: str, *, inexact: bool = False
+) -> tuple[str, ...]:
+    """Compare what comes from several models. Returns notes; raises RefusedError for a mismatch that would load but compute something else.
 
-    With `inexact`, such mismatches become notes too; shapes that do not fit are refused always, since they would not load.
+    The config of `donor` has to describe the layers of all `givers`; the ids of `tokenizer` have to mean the same in all of
+    them. With `inexact`, such mismatches become notes; shapes that do not fit are refused always, since they would not load.
     """
-    notes: list[str] = []
-    for alias, member in members.items():
-        if alias == donor:
-            continue
-        pair = f"'{donor}' and '{alias}'"
-        for difference in _shapes(members[donor], member):
-            raise RefusedError(f"{pair} do not fit together: {difference}")
-        for difference in (*_configs(members[donor], member), *_tokenizers(members[donor].checkpoint, member.checkpoint)):
-            message = f"{pair} would load together but compute something else: {difference}"
-            if not inexact:
-                raise RefusedError(message, hint="to stack them all the same, say 'allow: inexact' in the recipe")
-            notes.append(message)
+    found: list[tuple[str, str, Difference]] = []
+    for alias in givers:
+        if alias != donor:
+            for difference in _shapes(members[donor], members[alias]):
+                raise RefusedError(f"'{donor}' and '{alias}' do not fit together: {difference}")
+            found += [(donor, alias, difference) for difference in _configs(members[donor], members[alias])]
+        if alias != tokenizer:
+            pair = (members[tokenizer].checkpoint, members[alias].checkpoint)
+            found += [(tokenizer, alias, difference) for difference in _tokenizers(*pair)]
+    notes = [f"'{one}' and '{other}' would load together but compute something else: {difference}" for one, other, difference in found]
+    if notes and not inexact:
+        raise RefusedError(notes[0], hint="to stack them all the same, say 'allow: inexact' in the recipe")
     return tuple(notes)
 
 
@@ -144,8 +150,8 @@ def _tokenizers(donor: Checkpoint, other: Checkpoint) -> Iterator[Difference]:
     if texts[0] == texts[1]:
         return
     read = READERS.get(name)
-    tables = [read(text) for text in texts] if read is not None else [None, None]
-    if tables[0] is None or tables[1] is None:
+    tables = [table for text in texts if read is not None and (table := read(text)) is not None]
+    if len(tables) < 2:
         yield Difference(f"the tokenizer ({name})", f"{len(texts[0])} bytes", f"{len(texts[1])} other bytes")
         return
     for token in sorted(tables[0].keys() & tables[1].keys()):

@@ -108,6 +108,22 @@ class SourceFiles:
             # The system does not say which of the two files is at fault.
             raise OSError(error.errno, f"{error.strerror} (copying from {part.path})") from error
 
+    def read(self, part: Range) -> bytearray:
+        """The bytes of one range, in memory that may be written to. Raises CheckpointError, naming the source file."""
+        source, size = self._descriptor(part.path), part.end - part.begin
+        data, done = bytearray(size), 0
+        while done < size:
+            try:
+                piece = os.pread(source, min(BUFFER, size - done), part.begin + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot be read: {error.strerror}", where=part.path) from error
+            if not piece:
+                message = f"ended early: {size - done} bytes are missing from byte {part.begin + done} on"
+                raise CheckpointError(message, where=part.path, hint="plan again")
+            data[done : done + len(piece)] = piece
+            done += len(piece)
+        return data
+
     def check_unchanged(self) -> None:
         """Raises CheckpointError when a file was written to since it was opened."""
         for path, (source, seen) in self._open.items():
@@ -152,6 +168,14 @@ def write_bytes(target: int, data: bytes) -> None:
         rest = rest[os.write(target, rest) :]
 
 
+def write_at(target: int, data: bytes | bytearray, offset: int) -> None:
+    """Write all of `data` at `offset`, whatever the position of the descriptor."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(target, rest, offset)
+        rest, offset = rest[count:], offset + count
+
+
 def sync(folder: Path) -> None:
     """Put the names in a folder on the disk."""
     opened = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
@@ -184,8 +208,6 @@ def _by_sendfile(source: int, target: int, source_offset: int, target_offset: in
 
 def _by_read_and_write(source: int, target: int, source_offset: int, target_offset: int, count: int) -> int:
     """One step through memory, at most BUFFER bytes."""
-    chunk = memoryview(os.pread(source, min(BUFFER, count), source_offset))
-    written = 0
-    while written < len(chunk):
-        written += os.pwrite(target, chunk[written:], target_offset + written)
-    return written
+    chunk = os.pread(source, min(BUFFER, count), source_offset)
+    write_at(target, chunk, target_offset)
+    return len(chunk)

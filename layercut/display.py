@@ -11,7 +11,7 @@ from typing import Any
 
 from layercut.architecture import LayerStack
 from layercut.checkpoint import Checkpoint
-from layercut.layout import split
+from layercut.layout import layer_tensors
 from layercut.plan import Choice, Plan, Seam
 from layercut.report import Report
 from layercut.stack import LayerRef, runs
@@ -70,11 +70,27 @@ def picture(layers: Sequence[LayerRef], seams: Sequence[Seam]) -> Iterator[str]:
         if at in marks:
             yield f"  {'':{width}}  ~ seam {seam_line(marks[at], several)}"
         length = piece.stop - piece.start
-        bar = "#" * max(1, round(length * min(BAR, longest) / longest))
-        yield f"  {piece!s:{width}}  {bar} {length} layer{'s' * (length > 1)}{f' of {piece.model}' * several}"
-        at += length
+        inner = layers[at : at + 1] if layers[at].span > 1 else layers[at : at + length]
+        bar = "#" * max(1, round(len(inner) * min(BAR, longest) / longest))
+        yield f"  {piece!s:{width}}  {bar} {len(inner)} layer{'s' * (len(inner) > 1)}{f' of {piece.model}' * several}{_arithmetic(inner)}"
+        at += len(inner)
     if at in marks:
         yield f"  {'':{width}}  ~ seam {seam_line(marks[at], several)}"
+
+
+def _arithmetic(layers: Sequence[LayerRef]) -> str:
+    """What is done to the layers of a slice beyond copying, in words."""
+    first = layers[0]
+    words = []
+    if first.fitted is not None:
+        words.append(f"replaced by a fitted {first.fitted} map")
+    if first.shares:
+        words.append("average of " + ", ".join(f"{share.weight:.3g} x {share.model}:{share.index}" for share in first.shares))
+    if any(layer.identity for layer in layers):
+        words.append("adds nothing: its outputs are zeroed")
+    elif any(layer.scalings for layer in layers):
+        words.append("tensors scaled")
+    return "".join(f", {word}" for word in words)
 
 
 def plan_text(plan: Plan) -> str:
@@ -94,7 +110,8 @@ def plan_text(plan: Plan) -> str:
     lines += columns(rows)
     if plan.left_out:
         lines += ["", "left out"]
-        lines += columns((f"{part.what}", part.reason) for part in plan.left_out)
+        several = len(plan.sources) > 1
+        lines += columns((f"{part.model}: {part.what}" if several else part.what, part.reason) for part in plan.left_out)
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 
@@ -136,14 +153,14 @@ def _evaluation_rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def inspect_data(checkpoint: Checkpoint, stack: LayerStack) -> dict[str, Any]:
     """What a checkpoint is, as plain data: layers, sizes, dtypes, what in its config depends on the layers."""
-    parts = split(checkpoint, stack)
+    layers = layer_tensors(checkpoint, stack)
     kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for index, tensors in parts.layers.items():
+    for index, tensors in layers.items():
         kinds[tuple((t.name[len(stack.prefix) + len(str(index)) :], t.dtype, t.shape) for t in sorted(tensors))].append(index)
     dtypes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         dtypes[tensor.dtype] += tensor.nbytes
-    layer_bytes = [sum(tensor.nbytes for tensor in tensors) for tensors in parts.layers.values()]
+    layer_bytes = [sum(tensor.nbytes for tensor in tensors) for tensors in layers.values()]
     return {
         "model": checkpoint.reference,
         "folder": str(checkpoint.folder),
@@ -177,7 +194,9 @@ def inspect_text(data: dict[str, Any]) -> str:
         rows.append(("", f"{name}: {kind['tensors']} tensors, {size(kind['bytes'])} each"))
     rows.append(("parameters", f"{amount(data['parameters'])} in {data['tensors']} tensors"))
     share = 100 * data["layer_bytes"] / data["bytes"] if data["bytes"] else 0
-    rows.append(("weights", f"{size(data['bytes'])} in {len(data['files'])} file{'s' * (len(data['files']) > 1)}, {share:.0f} % of it in layers"))
+    rows.append(
+        ("weights", f"{size(data['bytes'])} in {len(data['files'])} file{'s' * (len(data['files']) > 1)}, {share:.0f} % of it in layers")
+    )
     rows.append(("dtypes", ", ".join(f"{dtype} {size(count)}" for dtype, count in data["dtypes"].items())))
     rows += [(f"config {value['key']}", f"{_short(value['value'])} ({value['reason']})") for value in data["depends_on_layers"]]
     rows.append(("carried over", ", ".join(data["carried_over"]) or "nothing"))

@@ -50,14 +50,32 @@ def _members(text: str, start: int) -> dict[str, Span]:
 
 
 def replace(text: str, values: Mapping[Path, Any]) -> str:
-    """Write new values over old ones, in the layout that the old ones had. KeyError when a path does not exist."""
+    """Write new values over old ones, in the layout that the old ones had; a new key goes to the end of its object.
+
+    KeyError when a path leads through something that is no object.
+    """
     changes = []
     for path, value in values.items():
-        span = spans(text, path[:-1])[path[-1]]
-        changes.append((span.start, span.stop, _format(value, text[span.start : span.stop])))
+        span = spans(text, path[:-1]).get(path[-1])
+        if span is not None:
+            changes.append((span.start, span.stop, _format(value, text[span.start : span.stop])))
     for start, stop, new in sorted(changes, reverse=True):
         text = text[:start] + new + text[stop:]
+    for path, value in values.items():
+        found = spans(text, path[:-1])
+        if path[-1] not in found:
+            text = _insert(text, path, value, list(found.values()))
     return text
+
+
+def _insert(text: str, path: Path, value: Any, members: Sequence[Span]) -> str:
+    """Add a member behind the last one, separated as the first one is from its brace."""
+    entry = f"{json.dumps(path[-1], ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}"
+    if not members:
+        raise KeyError(f"no member to write {path[-1]} after")
+    blank = re.search(r"[ \t\r\n]*$", text[: members[0].key])
+    last = members[-1].stop
+    return f"{text[:last]},{blank[0] if blank is not None and blank[0] else ' '}{entry}{text[last:]}"
 
 
 def _format(value: Any, old: str) -> str:

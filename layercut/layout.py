@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from layercut.architecture import LayerStack, Member
 from layercut.checkpoint import Checkpoint, Tensor
+from layercut.ends import Ends, outside
 from layercut.errors import RefusedError
 from layercut.header import ITEM_BITS
-from layercut.plan import LeftOut, OutputFile, TensorCopy
-from layercut.stack import LayerRef
+from layercut.plan import LeftOut, OutputFile, Part, TensorCopy, TensorMade
+from layercut.scalings import Groups, factors
+from layercut.stack import LayerRef, Share
 
-# Words in the name of a tensor outside the stack that put it behind the last layer: final norm and heads.
-BEHIND = re.compile(
-    r"(^|[._])(norm|norm_?f|ln_?f|final_\w*norm|layer_?norm|lm_head|head|embed_out|score|classifier|pooler|project_out|cls|output)([._]|$)"
-)
-EMBEDDING = re.compile(r"(^|[._])(embeddings|embed(?!_out)|wte|wpe)[._]")
 WEIGHTS = "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+Entry = TensorCopy | TensorMade
+
+
+class Cast(NamedTuple):
+    """Dtypes (as in safetensors headers) that floating-point tensors are computed in and written in; None keeps theirs."""
+
+    compute: str | None = None
+    write: str | None = None
 
 
 class Layout(NamedTuple):
@@ -31,103 +37,139 @@ class Layout(NamedTuple):
     left_out: tuple[LeftOut, ...]
 
 
-class Parts(NamedTuple):
-    """The tensors of a checkpoint by where they belong."""
-
-    before: tuple[Tensor, ...]
-    layers: Mapping[int, tuple[Tensor, ...]]
-    behind: tuple[Tensor, ...]
-
-
-def split(checkpoint: Checkpoint, stack: LayerStack) -> Parts:
-    """Sort the tensors of a checkpoint, each group in the order of its bytes."""
-    before: list[Tensor] = []
-    behind: list[Tensor] = []
+def layer_tensors(checkpoint: Checkpoint, stack: LayerStack) -> Mapping[int, tuple[Tensor, ...]]:
+    """The tensors of every layer, each in the order of its bytes."""
     layers: dict[int, list[Tensor]] = defaultdict(list)
     for tensor in checkpoint.tensors.values():
         place = stack.place(tensor.name)
         if place is not None:
             layers[place.layer].append(tensor)
-        elif BEHIND.search(tensor.name) and not EMBEDDING.search(tensor.name):
-            behind.append(tensor)
-        else:
-            before.append(tensor)
-    return Parts(tuple(before), {index: tuple(found) for index, found in sorted(layers.items())}, tuple(behind))
+    return {index: tuple(found) for index, found in sorted(layers.items())}
 
 
-def lay_out(members: Mapping[str, Member], order: Sequence[LayerRef], max_shard_size: int) -> Layout:
-    """Place every tensor of the stack `order`.
+class Layouter:
+    """Places every tensor of a stack."""
 
-    What stands before the layers comes from the model of the first layer, what stands behind them from the model of the last.
-    Raises RefusedError when two tensors would get one name.
-    """
-    parts = {alias: split(member.checkpoint, member.stack) for alias, member in members.items()}
-    first, last = order[0].model, order[-1].model
-    whole = len(members) == 1 and [layer.index for layer in order] == list(range(members[first].stack.depth))
-    entries = [_copy(tensor.name, tensor, first) for tensor in parts[first].before]
-    for position, layer in enumerate(order):
-        entries += _layer(members[layer.model].stack, parts[layer.model], layer, position)
-    if whole:  # an unchanged stack keeps its multi-token-prediction layers where they are
-        entries += [_copy(t.name, t, first) for index, found in parts[first].layers.items() if index >= len(order) for t in found]
-    entries += [_copy(tensor.name, tensor, last) for tensor in parts[last].behind]
-    names = [entry.name for entry in entries]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RefusedError("the output would hold this tensor twice", where=twice)
-    left_out = [] if whole else list(_left_out(members, parts, order))
-    metadata = dict(members[first].checkpoint.metadata) or {"format": "pt"}
-    files = tuple(_shard(entries, max_shard_size, metadata))
-    return Layout(files, _index(files), tuple(left_out))
+    def __init__(self, members: Mapping[str, Member], order: Sequence[LayerRef], cast: Cast = Cast()) -> None:  # noqa: B008
+        self.members, self.order, self.cast = members, order, cast
+        self.layers = {alias: layer_tensors(*member) for alias, member in members.items()}
 
+    def lay_out(self, ends: Ends, max_shard_size: int, scalings: tuple[Groups, Groups] = ((), ())) -> Layout:
+        """Files of at most `max_shard_size` bytes of tensors.
 
-def _layer(stack: LayerStack, parts: Parts, layer: LayerRef, position: int) -> Iterator[TensorCopy]:
-    for tensor in parts.layers[layer.index]:
-        place = stack.place(tensor.name)
-        assert place is not None
-        yield _copy(stack.rename(place, position), tensor, layer.model)
+        `scalings` are the factors for what stands before and behind the layers. Raises RefusedError when two tensors would get
+        one name, or when arithmetic is asked of a tensor that is not floating-point.
+        """
+        whole = len(self.members) == 1 and [layer.index for layer in self.order] == list(range(self._stack(0).depth))
+        entries = [self._entry(part.name, (part.tensor,), (self._whole(part.model),), scalings[0]) for part in ends.before]
+        for position, layer in enumerate(self.order):
+            entries += self._layer(layer, position)
+        if whole:  # an unchanged stack keeps its multi-token-prediction layers where they are
+            extra = [t for index, found in self.layers[self.order[0].model].items() if index >= len(self.order) for t in found]
+            entries += [self._entry(tensor.name, (tensor,), (self._whole(self.order[0].model),), ()) for tensor in extra]
+        entries += [self._entry(part.name, (part.tensor,), (self._whole(part.model),), scalings[1]) for part in ends.behind]
+        twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
+        if twice:
+            raise RefusedError("the output would hold this tensor twice", where=twice[0])
+        metadata = dict(self.members[self.order[0].model].checkpoint.metadata) or {"format": "pt"}
+        files = tuple(_shard(entries, max_shard_size, metadata))
+        return Layout(files, _index(files), () if whole else tuple(self._left_out(ends)))
+
+    def _stack(self, position: int) -> LayerStack:
+        return self.members[self.order[position].model].stack
+
+    @staticmethod
+    def _whole(model: str) -> Share:
+        return Share(model=model, index=0, weight=1)
+
+    def _layer(self, layer: LayerRef, position: int) -> Iterator[Entry]:
+        if layer.fitted is not None:
+            return
+        stack = self.members[layer.model].stack
+        shares = layer.shares or (Share(model=layer.model, index=layer.index, weight=1),)
+        tables = [self._by_rest(share.model, share.index) for share in shares]
+        for tensor in self.layers[layer.model][layer.index]:
+            place = stack.place(tensor.name)
+            assert place is not None
+            missing = next((share for share, table in zip(shares, tables, strict=True) if place.rest not in table), None)
+            if missing is not None or len({(table[place.rest].shape, table[place.rest].dtype) for table in tables}) > 1:
+                raise RefusedError(f"layers of different shape cannot be averaged: {place.rest}", where=tensor.name)
+            yield self._entry(stack.rename(place, position), [table[place.rest] for table in tables], shares, layer.scalings)
+
+    def _by_rest(self, model: str, index: int) -> dict[str, Tensor]:
+        stack = self.members[model].stack
+        return {place.rest: tensor for tensor in self.layers[model][index] if (place := stack.place(tensor.name)) is not None}
+
+    def _entry(self, name: str, tensors: Sequence[Tensor], shares: Sequence[Share], scalings: Groups) -> Entry:
+        """One tensor of the output: a copy where its bytes stay what they are, else arithmetic."""
+        first, by = tensors[0], factors(scalings, tensors[0].name)
+        floating = first.dtype in FLOATS
+        write = (self.cast.write or self.cast.compute or first.dtype) if floating else first.dtype
+        compute = self.cast.compute if floating and self.cast.compute != first.dtype else None
+        if len(tensors) == 1 and not by and write == first.dtype and compute is None:
+            return _copy(name, first, shares[0].model)
+        if not floating:
+            raise RefusedError(f"arithmetic on {first.dtype} is refused: quantised weights are not what they say", where=first.name)
+        parts = tuple(_part(share, tensor) for share, tensor in zip(shares, tensors, strict=True))
+        if 0.0 in by:
+            return TensorMade(name=name, dtype=write, shape=first.shape, parts=())
+        return TensorMade(name=name, dtype=write, shape=first.shape, parts=parts, factors=by, compute=compute)
+
+    def _left_out(self, ends: Ends) -> Iterator[LeftOut]:
+        kept = {(share.model, share.index) for layer in self.order for share in (layer.shares or (layer,))}
+        written = {(part.model, part.tensor.name) for part in (*ends.before, *ends.behind)}
+        for alias, (checkpoint, stack) in self.members.items():
+            reasons = [(index, _reason(alias, index, stack, kept)) for index in self.layers[alias]]
+            for reason, group in groupby(reasons, key=lambda pair: pair[1]):
+                indices = [index for index, _ in group]
+                if reason is not None:
+                    yield LeftOut(model=alias, what=self._what(alias, indices), reason=reason)
+            for part in (part for parts in outside(checkpoint, stack) for part in parts):
+                if (alias, part.name) not in written:
+                    yield LeftOut(model=alias, what=part.name, reason="embeddings and head come from the ends of the stack")
+
+    def _what(self, alias: str, indices: Sequence[int]) -> str:
+        count = sum(len(self.layers[alias][index]) for index in indices)
+        name = f"layer {indices[0]}" if len(indices) == 1 else f"layers {indices[0]} to {indices[-1]}"
+        return f"{name} ({count} tensor{'s' * (count > 1)}, {self.members[alias].stack.prefix}*)"
 
 
 def _copy(name: str, tensor: Tensor, model: str) -> TensorCopy:
     return TensorCopy(name=name, dtype=tensor.dtype, shape=tensor.shape, model=model, file=tensor.file, begin=tensor.begin, end=tensor.end)
 
 
-def _left_out(members: Mapping[str, Member], parts: Mapping[str, Parts], order: Sequence[LayerRef]) -> Iterator[LeftOut]:
-    kept = {(layer.model, layer.index) for layer in order}
-    for alias, member in members.items():
-        for index, tensors in parts[alias].layers.items():
-            what = f"layer {index} ({len(tensors)} tensor{'s' * (len(tensors) > 1)}, {member.stack.prefix}{index}.*)"
-            if index >= member.stack.depth:
-                yield LeftOut(model=alias, what=what, reason="multi-token-prediction layer: the library reads it at one fixed index only")
-            elif (alias, index) not in kept:
-                yield LeftOut(model=alias, what=what, reason="not in the stack that the recipe asks for")
-        for group, giver in ((parts[alias].before, order[0].model), (parts[alias].behind, order[-1].model)):
-            if alias != giver:
-                yield from (LeftOut(model=alias, what=t.name, reason=f"taken from '{giver}'") for t in group)
+def _part(share: Share, tensor: Tensor) -> Part:
+    return Part(model=share.model, file=tensor.file, begin=tensor.begin, end=tensor.end, dtype=tensor.dtype, weight=share.weight)
 
 
-def _shard(entries: Sequence[TensorCopy], limit: int, metadata: dict[str, str]) -> Iterator[OutputFile]:
+def _reason(alias: str, index: int, stack: LayerStack, kept: set[tuple[str, int]]) -> str | None:
+    if index >= stack.depth:
+        return "multi-token-prediction layer: the library reads it at one fixed index only"
+    return None if (alias, index) in kept else "not in the stack that the recipe asks for"
+
+
+def _shard(entries: Sequence[Entry], limit: int, metadata: dict[str, str]) -> Iterator[OutputFile]:
     """Fill files in order up to `limit` bytes of tensors; a larger tensor gets a file of its own."""
-    groups: list[list[TensorCopy]] = []
+    groups: list[list[Entry]] = []
     room = 0
     for entry in entries:
-        size = entry.end - entry.begin
-        if not groups or size > room:
+        if not groups or entry.nbytes > room:
             groups.append([])
             room = limit
         groups[-1].append(entry)
-        room -= size
+        room -= entry.nbytes
     for number, group in enumerate(groups, 1):
         name = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         yield OutputFile(name=name, metadata=metadata, tensors=tuple(_aligned(group)))
 
 
-def _aligned(group: list[TensorCopy]) -> list[TensorCopy]:
+def _aligned(group: list[Entry]) -> list[Entry]:
     """Natural order; where that would put a tensor at an address that its dtype cannot be read from, the widest dtypes come first."""
     position = 0
     for entry in group:
         if position % max(1, ITEM_BITS[entry.dtype] // 8):
             return sorted(group, key=lambda e: -ITEM_BITS[e.dtype])
-        position += entry.end - entry.begin
+        position += entry.nbytes
     return group
 
 
@@ -135,5 +177,5 @@ def _index(files: Sequence[OutputFile]) -> str | None:
     if len(files) == 1:
         return None
     names = {tensor.name: file.name for file in files for tensor in file.tensors}
-    size = sum(tensor.end - tensor.begin for file in files for tensor in file.tensors)
+    size = sum(tensor.nbytes for file in files for tensor in file.tensors)
     return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}, indent=2) + "\n"

@@ -10,10 +10,11 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, StrictInt
+from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, StrictInt
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from layercut.errors import did_you_mean
+from layercut.record import Record
 
 Tensor: TypeAlias = Any
 """A `torch.Tensor`. Its methods do the arithmetic, so that this module need not import torch."""
@@ -30,10 +31,8 @@ Token: TypeAlias = Annotated[Literal["last", "all"] | StrictInt, BeforeValidator
 """The tokens of a sample that a metric is averaged over."""
 
 
-class Metric(BaseModel):
+class Metric(Record):
     """A distance between boundary states of the same token, and the tokens that it is averaged over."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str
     """Name of the metric."""

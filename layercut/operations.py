@@ -1,182 +1,127 @@
-"""Operations on the stack: one class each. They say which layers; the distance that decides an `auto` is asked of the site."""
+"""Operations on the stack: one class each. They say what is done; which layers, when an `auto` decides, is asked of the site."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fractions import Fraction
-from typing import Annotated, ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
-from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import Field, model_validator
 
-from layercut.errors import LayercutError
-from layercut.metrics import MetricSpec
-from layercut.stack import Record, Stack
+from layercut.metrics import Metric, MetricSpec
+from layercut.scalings import factor, literal, matches
+from layercut.selectors import Count, Place, Selectors, positions
+from layercut.sizes import ParameterCount, Size
+from layercut.stack import Block, LayerRef, Record, Scaling, Share, Stack, blocks_of
+from layercut.strategies import StrategyName
 
-DASH = r"^-?[0-9]{1,9}--?[0-9]{1,9}$"
-PERCENTAGE = r"^[0-9]{1,9}(\.[0-9]{1,9})?%$"
-Dash = Annotated[str, StringConstraints(pattern=DASH)]
-Percentage = Annotated[str, StringConstraints(pattern=PERCENTAGE)]
+Verb = Literal["remove", "repeat", "replace"]
 
 
-def _check_count(value: object) -> object:
-    """One message instead of one for each kind of value."""
-    if isinstance(value, str) and re.fullmatch(PERCENTAGE, value):
-        if not 0 < Fraction(value[:-1]) <= 100:
-            raise ValueError("a percentage of the layers is above 0% and at most 100%")
-    elif isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("expected a number of layers such as 6, or a percentage such as 25%")
-    elif value < 1:
-        raise ValueError("a number of layers is at least 1")
-    return value
+class Wish(NamedTuple):
+    """A choice that an operation leaves to the planner."""
+
+    verb: Verb
+    stack: Stack
+    build: Callable[[Sequence[Block]], Stack]
+    """The stack that comes of a choice of disjoint blocks of positions, in order."""
+    budget: Mapping[str, Any]
+    """One entry: the key of the budget (`layers`, `params`, `size`, `max_distance`) and its value."""
+    strategy: str
+    metric: Metric | None
+    protect: frozenset[int]
 
 
-Count = Annotated[Annotated[int, Field(ge=1)] | Percentage, BeforeValidator(_check_count)]
+class Site(Place, Protocol):
+    """Where an operation stands in a recipe, and how it asks for a decision or a fact."""
 
+    def choose(self, wish: Wish) -> tuple[Block, ...]:
+        """Blocks of least total seam distance within the budget."""
 
-class Every(Record):
-    """Every n-th position of a range."""
+    def tensors(self, layer: LayerRef) -> tuple[str, ...]:
+        """Names, in the source, of the tensors of a layer."""
 
-    every: int = Field(ge=1, strict=True)
-    """Step between positions."""
-    start: int = Field(default=0, alias="from", strict=True)
-    """First position."""
-    stop: int = Field(default=-1, alias="to", strict=True)
-    """Last position, inclusive."""
-
-
-def _form(value: object) -> str | None:
-    """Which form a selector is written in, so that a fault is told once and not for every form."""
-    if isinstance(value, Mapping | Every):
-        return "<every>"
-    if isinstance(value, str):
-        return "<range>" if re.fullmatch(DASH, value) else None
-    return "<index>" if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _one_or_many(value: object) -> str:
-    return "<many>" if isinstance(value, list | tuple) else "<one>"
-
-
-_FORMS = 'expected a layer such as 3, a range such as "20-24", or {every: 2, from: 8, to: 24}'
-Selector = Annotated[
-    Annotated[int, Tag("<index>")] | Annotated[Dash, Tag("<range>")] | Annotated[Every, Tag("<every>")],
-    Discriminator(_form, custom_error_type="selector", custom_error_message=_FORMS),
-]
-Selectors = Annotated[
-    Annotated[Selector, Tag("<one>")] | Annotated[tuple[Selector, ...], Field(min_length=1), Tag("<many>")], Discriminator(_one_or_many)
-]
-
-
-class Site(Protocol):
-    """Where an operation stands in a recipe, and how it asks for a decision."""
-
-    def error(self, message: str, *path: str | int, hint: str | None = None) -> LayercutError:
-        """An error at a key of the operation."""
-
-    def block(self, length: int, count: int, build: Callable[[int], Stack], metric: MetricSpec | None, verb: str) -> int:
-        """The start in 0 … count - 1 whose stack `build(start)` has the least total seam distance; the first of equals."""
-
-
-def positions(at: Selectors, depth: int, site: Site) -> list[int]:
-    """Positions that selectors name in a stack of `depth` layers, in the order written; each may stand once."""
-    found: list[int] = []
-    for number, item in enumerate(at if isinstance(at, tuple) else (at,)):
-        path = ("at", number) if isinstance(at, tuple) else ("at",)
-        for position in _expand(item, depth, path, site):
-            if not 0 <= position < depth:
-                raise _missing(position, depth, path, site)
-            if position in found:
-                raise site.error(f"layer {position} is named twice", *path)
-            found.append(position)
-    if not found:
-        raise site.error("names no layer", "at")
-    return found
-
-
-def _expand(item: Selector, depth: int, path: tuple[str | int, ...], site: Site) -> Iterator[int]:
-    if isinstance(item, int):
-        yield _absolute(item, depth)
-        return
-    if isinstance(item, str):
-        cut = item.index("-", 1)
-        first, last, step = int(item[:cut]), int(item[cut + 1 :]), 1
-    else:
-        first, last, step = item.start, item.stop, item.every
-    first, last = _absolute(first, depth), _absolute(last, depth)
-    if last < first:
-        raise site.error(f"the range {first} to {last} is empty: it ends before it starts", *path)
-    if last >= depth:  # said before a huge range is written out
-        raise _missing(last, depth, path, site)
-    yield from range(first, last + 1, step)
-
-
-def _missing(position: int, depth: int, path: tuple[str | int, ...], site: Site) -> LayercutError:
-    written = position if position >= 0 else position - depth
-    return site.error(f"layer {written} does not exist: the stack has layers 0 to {depth - 1} here", *path)
-
-
-def _absolute(position: int, depth: int) -> int:
-    return position + depth if position < 0 else position
-
-
-def count_of(layers: int | str, depth: int, site: Site) -> int:
-    """A number of layers from a count, or from a percentage of the stack rounded down."""
-    if isinstance(layers, int):
-        return layers
-    count = math.floor(depth * Fraction(layers.rstrip("%")) / 100)
-    if count < 1:
-        raise site.error(f"{layers} of {depth} layers is less than one layer", "layers")
-    return count
+    def outputs(self, layer: LayerRef) -> tuple[str, ...]:
+        """Those of them that write to the residual stream."""
 
 
 class Operation(Record):
     """A change of the stack. `apply` sees the stack as the earlier steps left it, and returns the new one."""
 
-    automatic: ClassVar[str] = "layers"
-    """Field whose presence leaves the choice to the planner."""
+    examples: ClassVar[tuple[str, ...]]
+    """Lines of YAML, for the documentation."""
 
     def apply(self, stack: Stack, site: Site) -> Stack:
         raise AssertionError("every operation says what it does")
 
-    @property
-    def measured(self) -> bool:
-        """Whether a distance decides."""
-        return getattr(self, self.automatic, None) is not None
 
-
-class Prune(Operation):
-    """Remove layers: a block chosen by distance (`layers`), or the ones that are named (`at`)."""
+class Chosen(Operation):
+    """An operation on layers that are named (`at`), or chosen within a budget."""
 
     layers: Count | None = None
-    """How many layers to remove: a count, or a percentage of the stack rounded down. The block of least total seam distance goes."""
+    """How many layers: a count, or a percentage of the stack rounded down. Which ones: those of least total seam distance."""
     at: Selectors | None = None
-    """Layers to remove: indices, inclusive ranges "a-b", or {every, from, to}; negative ones count from the end."""
+    """Which layers: indices, inclusive ranges "a-b", or {every, from, to}; negative ones count from the end."""
+    strategy: StrategyName = "block"
+    """How layers are chosen: see `strategies`."""
     metric: MetricSpec | None = None
     """Metric that decides here; the first metric of the recipe if not set."""
+    protect: Selectors | None = None
+    """Layers that are never chosen, written as for `at`."""
+
+    budgets: ClassVar[tuple[str, ...]] = ("layers",)
 
     @model_validator(mode="after")
-    def _one_way(self) -> Prune:
-        if (self.layers is None) == (self.at is None):
-            raise ValueError("takes either 'layers' (how many) or 'at' (which)")
+    def _one_way(self) -> Chosen:
+        given = [key for key in (*self.budgets, "at") if getattr(self, key) is not None]
+        if len(given) != 1:
+            words = (
+                "'layers' (how many) or 'at' (which)"
+                if len(self.budgets) == 1
+                else f"one of {', '.join(self.budgets)} (how many) or 'at' (which)"
+            )
+            raise ValueError(f"takes either {words}")
+        if self.at is not None and not self.model_fields_set.isdisjoint({"strategy", "metric", "protect"}):
+            raise ValueError("with 'at' nothing is chosen: strategy, metric and protect go with a budget")
         return self
 
-    def apply(self, stack: Stack, site: Site) -> Stack:
+    def blocks(self, verb: Verb, stack: Stack, site: Site, build: Callable[[Sequence[Block]], Stack]) -> tuple[Block, ...]:
+        """The blocks of positions that are meant."""
         if self.at is not None:
-            gone = frozenset(positions(self.at, len(stack), site))
-            if len(gone) == len(stack):
-                raise site.error(f"removes all {len(stack)} layers", "at")
+            return blocks_of(positions(self.at, len(stack), site))
+        budget = {key: value for key in self.budgets if (value := getattr(self, key)) is not None}
+        safe = frozenset() if self.protect is None else frozenset(positions(self.protect, len(stack), site, "protect"))
+        return site.choose(Wish(verb, stack, build, budget, self.strategy, self.metric, safe))
+
+
+class Prune(Chosen):
+    """Remove layers: chosen by distance within a budget, or named (`at`)."""
+
+    params: ParameterCount | None = None
+    """Remove as few layers as bring the model to at most so many parameters, for example `6B`."""
+    size: Size | None = None
+    """Remove as few layers as bring the weights to at most so many bytes, for example `12GB`."""
+    max_distance: Annotated[float, Field(gt=0)] | None = None
+    """Remove as many layers as keep the total seam distance at or below this."""
+
+    budgets: ClassVar[tuple[str, ...]] = ("layers", "params", "size", "max_distance")
+    examples: ClassVar[tuple[str, ...]] = (
+        "- prune: {layers: 6}                        # the block of six that costs least",
+        "- prune: {layers: 25%, strategy: blocks, protect: [0, -1]}  # any blocks, never the first or the last layer",
+        "- prune: {size: 12GB}                       # as few layers as bring the weights to 12 GB",
+        "- prune: {max_distance: 0.2}                # as many as keep the seam that cheap",
+        '- prune: {at: [3, 7, "20-24"]}              # these layers; a dash is inclusive',
+        "- prune: {at: {every: 2, from: 8, to: 24}}  # 8, 10, ... 24",
+    )
+
+    def apply(self, stack: Stack, site: Site) -> Stack:
+        def without(blocks: Sequence[Block]) -> Stack:
+            gone = {position for block in blocks for position in range(block.start, block.stop)}
             return tuple(layer for position, layer in enumerate(stack) if position not in gone)
-        assert self.layers is not None
-        count = count_of(self.layers, len(stack), site)
-        if count >= len(stack):
-            raise site.error(f"cannot remove {count} of {len(stack)} layers", "layers", hint=f"at most {len(stack) - 1}")
 
-        def without(start: int) -> Stack:
-            return stack[:start] + stack[start + count :]
-
-        return without(site.block(count, len(stack) - count + 1, without, self.metric, "remove"))
+        left = without(self.blocks("remove", stack, site, without))
+        if not left:
+            raise site.error(f"removes all {len(stack)} layers", "at")
+        return left
 
 
 class Keep(Operation):
@@ -185,53 +130,196 @@ class Keep(Operation):
     at: Selectors
     """Layers to keep, written as for `prune`."""
 
+    examples: ClassVar[tuple[str, ...]] = ('- keep: {at: ["0-11", "18-29"]}',)
+
     def apply(self, stack: Stack, site: Site) -> Stack:
-        kept = frozenset(positions(self.at, len(stack), site))
-        return tuple(layer for position, layer in enumerate(stack) if position in kept)
+        return tuple(stack[position] for position in sorted(positions(self.at, len(stack), site)))
 
 
-class Duplicate(Operation):
+class Duplicate(Chosen):
     """Repeat layers: each block of consecutive layers is followed by copies of itself."""
 
-    layers: Count | None = None
-    """Length of the block to repeat: a count, or a percentage of the stack rounded down. The block of least seam distance is taken."""
-    at: Selectors | None = None
-    """Layers to repeat, written as for `prune`; consecutive ones are repeated as one block."""
     times: int = Field(default=1, ge=1, le=1000, strict=True)
     """Number of copies."""
-    metric: MetricSpec | None = None
-    """Metric that decides here; the first metric of the recipe if not set."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        '- duplicate: {at: "10-20"}              # 10 to 20 run twice, one block after the other',
+        "- duplicate: {at: [4, 8, 12], times: 2} # three layers, each run three times in a row",
+        "- duplicate: {layers: 8}                # the block of eight that costs least",
+    )
+
+    def apply(self, stack: Stack, site: Site) -> Stack:
+        def repeated(blocks: Sequence[Block]) -> Stack:
+            result: list[LayerRef] = []
+            done = 0
+            for block in blocks:
+                result += [*stack[done : block.stop], *stack[block.start : block.stop] * self.times]
+                done = block.stop
+            return (*result, *stack[done:])
+
+        return repeated(self.blocks("repeat", stack, site, repeated))
+
+
+class Replace(Chosen):
+    """Replace each block of consecutive layers by one fitted map of its first state to its last."""
+
+    by: Literal["linear"] = Field(alias="with")
+    """What stands in for a block: a linear map."""
+
+    examples: ClassVar[tuple[str, ...]] = ("- replace: {layers: 4, with: linear}    # can be planned; the map is not fitted yet",)
+
+    def apply(self, stack: Stack, site: Site) -> Stack:
+        def replaced(blocks: Sequence[Block]) -> Stack:
+            result: list[LayerRef] = []
+            done = 0
+            for block in blocks:
+                inner = stack[block.start : block.stop]
+                span = sum(layer.span for layer in inner)
+                result += [*stack[done : block.start], LayerRef(model=inner[0].model, index=inner[0].index, span=span, fitted=self.by)]
+                done = block.stop
+            return (*result, *stack[done:])
+
+        return replaced(self.blocks("replace", stack, site, replaced))
+
+
+class Expand(Operation):
+    """Insert, after layers, copies of them that add nothing (LLaMA-Pro, arXiv 2401.02415).
+
+    Their outputs to the residual stream are zeroed, so that the model computes the same until it is trained.
+    """
+
+    every: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """After every so many layers."""
+    at: Selectors | None = None
+    """After these layers, written as for `prune`."""
+
+    examples: ClassVar[tuple[str, ...]] = ("- expand: {every: 4}                    # 40 layers from 32",)
 
     @model_validator(mode="after")
-    def _one_way(self) -> Duplicate:
-        if (self.layers is None) == (self.at is None):
-            raise ValueError("takes either 'layers' (how many) or 'at' (which)")
+    def _one_way(self) -> Expand:
+        if (self.every is None) == (self.at is None):
+            raise ValueError("takes either 'every' or 'at'")
         return self
 
     def apply(self, stack: Stack, site: Site) -> Stack:
-        if self.at is not None:
-            chosen = sorted(positions(self.at, len(stack), site))
-            blocks = [position for position in chosen if position + 1 not in chosen]
-            result: Stack = stack
-            for last in reversed(blocks):
-                first = last
-                while first - 1 in chosen:
-                    first -= 1
-                result = result[: last + 1] + stack[first : last + 1] * self.times + result[last + 1 :]
-            return result
-        assert self.layers is not None
-        count = count_of(self.layers, len(stack), site)
-        if count > len(stack):
-            raise site.error(f"cannot repeat {count} of {len(stack)} layers", "layers", hint=f"at most {len(stack)}")
-
-        def repeated(start: int) -> Stack:
-            stop = start + count
-            return stack[:stop] + stack[start:stop] * self.times + stack[stop:]
-
-        return repeated(site.block(count, len(stack) - count + 1, repeated, self.metric, "repeat"))
+        if self.every is not None and self.every > len(stack):
+            raise site.error(f"every {self.every} layers, but the stack has {len(stack)} here", "every")
+        chosen = range(self.every - 1, len(stack), self.every) if self.every is not None else positions(self.at or (), len(stack), site)
+        result: list[LayerRef] = []
+        for position, layer in enumerate(stack):
+            result.append(layer)
+            if position in chosen:
+                zeros = tuple((Scaling(tensors=literal(name), by=0),) for name in site.outputs(layer))
+                result.append(layer.model_copy(update={"scalings": (*layer.scalings, *zeros), "identity": True}))
+        return tuple(result)
 
 
-OPERATIONS: Mapping[str, type[Operation]] = {"prune": Prune, "keep": Keep, "duplicate": Duplicate}
+class Merge(Operation):
+    """Average layers into one, which stands where the first of them stood."""
+
+    at: Selectors
+    """Layers to average, written as for `prune`."""
+    weights: tuple[float, ...] | None = None
+    """Weight of each layer, in the order written; they are divided by their sum. Equal if not set."""
+
+    examples: ClassVar[tuple[str, ...]] = ("- merge: {at: [12, 13], weights: [0.5, 0.5]}",)
+
+    def apply(self, stack: Stack, site: Site) -> Stack:
+        chosen = positions(self.at, len(stack), site)
+        weights = self.weights or (1.0,) * len(chosen)
+        if len(chosen) < 2:
+            raise site.error("an average needs at least two layers", "at")
+        if len(weights) != len(chosen):
+            raise site.error(f"{len(weights)} weights for {len(chosen)} layers", "weights")
+        if not abs(sum(weights)) > 1e-9:
+            raise site.error("weights must not add up to zero", "weights")
+        for position in chosen:
+            if not stack[position].plain:
+                raise site.error(f"layer {position} is not as its model has it: average before other arithmetic", "at")
+        order = sorted(chosen)
+        first = stack[order[0]]
+        shares = tuple(
+            Share(model=stack[p].model, index=stack[p].index, weight=w / sum(weights)) for p, w in zip(chosen, weights, strict=True)
+        )  # fmt: skip
+        row = all((stack[p].model, stack[p].index) == (first.model, first.index + n) for n, p in enumerate(order))
+        merged = LayerRef(model=first.model, index=first.index, span=len(chosen) if row else 1, shares=shares)
+        return tuple(merged if p == order[0] else layer for p, layer in enumerate(stack) if p == order[0] or p not in chosen)
+
+
+class Scale(Operation):
+    """Multiply tensors of layers by a factor."""
+
+    at: Selectors | None = None
+    """Layers, written as for `prune`; all if not set."""
+    tensors: str = Field(min_length=1)
+    """Pattern for the names that the tensors have in the source, such as `*.mlp.down_proj.weight`."""
+    by: float
+    """Factor."""
+
+    examples: ClassVar[tuple[str, ...]] = ('- scale: {at: "10-20", tensors: "*.mlp.down_proj.weight", by: 0.7}',)
+
+    def apply(self, stack: Stack, site: Site) -> Stack:
+        chosen = range(len(stack)) if self.at is None else positions(self.at, len(stack), site)
+        return scaled(stack, chosen, Scaling(tensors=self.tensors, by=self.by), site)
+
+
+class Zero(Operation):
+    """Set tensors of layers to zero."""
+
+    at: Selectors
+    """Layers, written as for `prune`."""
+    tensors: str = Field(min_length=1)
+    """Pattern for the names that the tensors have in the source, such as `*.self_attn.o_proj.weight`."""
+
+    examples: ClassVar[tuple[str, ...]] = ('- zero: {at: 12, tensors: "*.self_attn.o_proj.weight"}',)
+
+    def apply(self, stack: Stack, site: Site) -> Stack:
+        return scaled(stack, positions(self.at, len(stack), site), Scaling(tensors=self.tensors, by=0), site)
+
+
+def scaled(stack: Stack, chosen: Sequence[int], scaling: Scaling, site: Site) -> Stack:
+    """The stack with a factor on tensors of some layers. Raises when the pattern matches nothing."""
+    result = list(stack)
+    if not any(matches(scaling.tensors, name) for position in chosen for name in site.tensors(stack[position])):
+        names = sorted({name.rsplit(".", 2)[-2] for position in chosen for name in site.tensors(stack[position]) if "." in name})
+        raise site.error(f"no tensor of these layers is named '{scaling.tensors}'", "tensors", hint=f"they end in {', '.join(names[:12])}")
+    for position in chosen:
+        layer = stack[position]
+        layer = layer.model_copy(update={"scalings": (*layer.scalings, (scaling,))})
+        silent = all(factor(layer, name) == 0 for name in site.outputs(layer)) if scaling.by == 0 else layer.identity
+        result[position] = layer.model_copy(update={"identity": silent})
+    return tuple(result)
+
+
+class Reorder(Operation):
+    """Put the layers into another order; every one stands once."""
+
+    to: Selectors
+    """All layers in their new order, written as for `prune`."""
+
+    examples: ClassVar[tuple[str, ...]] = ('- reorder: {to: [0, 2, 1, "3-29"]}',)
+
+    def apply(self, stack: Stack, site: Site) -> Stack:
+        order = positions(self.to, len(stack), site, "to")
+        missing = [position for position in range(len(stack)) if position not in order]
+        if missing:
+            raise site.error(
+                f"leaves out layer {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}", "to", hint="to drop layers use keep"
+            )
+        return tuple(stack[position] for position in order)
+
+
+OPERATIONS: Mapping[str, type[Operation]] = {
+    "prune": Prune,
+    "keep": Keep,
+    "duplicate": Duplicate,
+    "expand": Expand,
+    "merge": Merge,
+    "replace": Replace,
+    "scale": Scale,
+    "zero": Zero,
+    "reorder": Reorder,
+}
 
 
 def apply_all(stack: Stack, steps: Sequence[tuple[Operation, Site]]) -> Stack:

@@ -232,6 +232,10 @@ class Actions(Record):
     index: str | None
     """Text of model.safetensors.index.json; null when there is one file."""
     companions: tuple[Companion, ...]
+    texts: dict[str, str] = {}
+    """Other files that are written from text, by name; they stand in for companions of the same name."""
+    pending: tuple[str, ...] = ()
+    """What this version can plan but not execute, such as a map that has to be fitted; empty in a plan that can be run."""
 
 
 class Plan(Record):

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, create_model, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
-from pydantic_core.core_schema import ErrorType
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, create_model, model_validator
+from pydantic_core import PydanticCustomError
 
+from layercut import mergekit
 from layercut.calibration import BuiltinCalibration, Calibration
-from layercut.errors import RecipeError, did_you_mean
+from layercut.errors import RecipeError
+from layercut.faults import fault_lines
 from layercut.metrics import Angular, Metric, MetricSpec
 from layercut.operations import OPERATIONS, Operation
+from layercut.scalings import Parameters
+from layercut.selectors import Selectors
+from layercut.sizes import Size
 from layercut.stack import Record
 from layercut.yamltext import Key, YamlText
 
@@ -51,21 +52,10 @@ def _check_range(bounds: tuple[int | str, int | str]) -> tuple[int | str, int | 
 Bound = Annotated[Annotated[int, Field(ge=0)] | Literal["auto", "end"], BeforeValidator(_check_bound)]
 Range = Annotated[tuple[Bound, Bound], BeforeValidator(_check_pair), AfterValidator(_check_range)]
 Name = Annotated[str, Field(min_length=1)]
-SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of a size such as `5GB` (decimal, as on the Hub), `5GiB`, or a plain number."""
-    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", str(text))
-    if match is None or match[2].upper() not in SIZES:
-        raise ValueError("expected a size such as 5GB, 500MB or 5GiB")
-    size = int(Fraction(match[1]) * SIZES[match[2].upper()])
-    if size < 1:
-        raise ValueError("a size must be at least one byte")
-    return size
-
-
-Size = Annotated[int, BeforeValidator(parse_size)]
+# Dtypes that weights can be cast to, and their names in safetensors headers.
+DTYPES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+DEFAULT_SHARD = 5 * 10**9
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 
 
 class Source(Record):
@@ -75,6 +65,8 @@ class Source(Record):
     """The model, or an alias from `models`; the recipe's `model` if not set."""
     layer_range: Range
     """Half-open range [a, b): layers a to b - 1, from 0. `auto` leaves a boundary to the planner; `end` is the depth of the model."""
+    parameters: Parameters | None = None
+    """Factors for the tensors of this slice."""
 
 
 def _check_one(value: object) -> object:
@@ -92,6 +84,16 @@ class Slice(Record):
     """Half-open range [a, b): layers a to b - 1, from 0."""
     sources: Annotated[tuple[Source], BeforeValidator(_check_one)] | None = None
     """mergekit's form: a list of exactly one source."""
+    parameters: Parameters | None = None
+    """Factors for the tensors of this slice."""
+    least: Annotated[int, Field(ge=1, strict=True)] | None = Field(default=None, alias="min")
+    """Layers that a slice with an `auto` boundary has at least."""
+    most: Annotated[int, Field(ge=1, strict=True)] | None = Field(default=None, alias="max")
+    """Layers that a slice with an `auto` boundary has at most."""
+    protect: Selectors | None = None
+    """Layers of the model that a slice with an `auto` boundary must hold."""
+    overlap: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """Layers of the slice before it that this slice begins with again, when its start is `auto`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -102,13 +104,21 @@ class Slice(Record):
             raise ValueError("with 'sources' the model belongs into the source: {model, layer_range}")
         return data
 
+    @model_validator(mode="after")
+    def _constraints(self) -> Slice:
+        if self.least is not None and self.most is not None and self.least > self.most:
+            raise ValueError(f"min {self.least} is more than max {self.most}")
+        if self.overlap is not None and self.source.layer_range[0] != "auto":
+            raise ValueError("'overlap' goes with a start that is auto")
+        return self
+
     @property
     def source(self) -> Source:
         """The slice in one form, whichever was written."""
         if self.sources is not None:
             return self.sources[0]
         assert self.layer_range is not None
-        return Source(model=self.model, layer_range=self.layer_range)
+        return Source(model=self.model, layer_range=self.layer_range)  # its parameters are the slice's own
 
     @property
     def path(self) -> tuple[Key, ...]:
@@ -155,7 +165,7 @@ class Output(Record):
 
     path: Name
     """Folder to write, relative to the current directory. It must not hold anything yet."""
-    max_shard_size: Size = 5 * 10**9
+    max_shard_size: Size = DEFAULT_SHARD
     """Largest size of one weight file, for example `5GB`; a larger tensor gets a file of its own."""
 
 
@@ -197,12 +207,27 @@ class Recipe(Record):
     """The metric that decides, when there is only one."""
     metrics: Annotated[tuple[MetricSpec, ...], Field(min_length=1)] | None = None
     """Metrics that are measured and reported; the first decides."""
+    parameters: Parameters | None = None
+    """Factors for the tensors of all slices."""
+    base_model: Name | None = None
+    """The model that config and companion files come from; the model of the first slice if not set."""
+    tokenizer_source: Name | None = None
+    """The model whose tokenizer files are carried over; `base` (the default) is the one that the config comes from."""
+    chat_template: Name | None = None
+    """A chat template to write instead of the model's: its text (Jinja), or alpaca, chatml, exaone, llama3 or mistral."""
+    dtype: Dtype | None = None
+    """Dtype that floating-point weights are cast to; theirs if not set."""
+    out_dtype: Dtype | None = None
+    """Dtype that they are written in, when arithmetic is done in another one."""
+    allow: Literal["inexact"] | None = None
+    """`inexact` stacks models that would load together but compute something else, and says so in plan and report."""
     output: Annotated[Output, BeforeValidator(_as_output)] | None = None
     """Folder to write, or a mapping with more settings."""
     evaluate: Evaluate | None = None
     """What is measured on the source and on the result after writing."""
 
     _text: YamlText | None = PrivateAttr(default=None)
+    _read: mergekit.Translation | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -213,6 +238,11 @@ class Recipe(Record):
         return self
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Warnings of the reader of the file."""
+        return () if self._read is None else self._read.notes
+
+    @property
     def all_metrics(self) -> tuple[Metric, ...]:
         """Metrics to measure, the deciding one first, each once."""
         listed: list[Metric] = [self.metric] if self.metric is not None else list(self.metrics or (Angular(),))
@@ -221,7 +251,9 @@ class Recipe(Record):
 
     def where(self, *path: Key, key: bool = False) -> str:
         """`file:line:column` of a value (or of its key); a dotted path when the recipe was not read from text."""
-        return self._text.where(path, key=key) if self._text is not None else ".".join(map(str, path)) or "recipe"
+        if self._text is None or self._read is None:
+            return ".".join(map(str, path)) or "recipe"
+        return self._text.where(self._read.origin(path), key=key)
 
     @classmethod
     def schema_document(cls) -> dict[str, Any]:
@@ -243,101 +275,15 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(text: YamlText) -> Recipe:
-    """Validate the data of a YAML text. Raises RecipeError with file, line and column."""
-    if text.duplicates:
+    """Validate the data of a YAML text, in mergekit's dialect when it is such a file. Raises RecipeError with file, line and column."""
+    foreign = mergekit.recognised(text.data)
+    if text.duplicates and not foreign:
         where, key = text.duplicates[0]
         raise RecipeError(f"key '{key}' stands twice in one mapping", where=where)
+    read = mergekit.translate(text) if foreign else mergekit.Translation(text.data, ())
     try:
-        recipe = Recipe.model_validate(text.data)
+        recipe = Recipe.model_validate(read.data)
     except ValidationError as error:
-        raise RecipeError("\n".join(dict.fromkeys(_line(fault, text) for fault in _causes(error.errors())))) from None
-    recipe._text = text
+        raise RecipeError("\n".join(fault_lines(error, text, Recipe, read.origin))) from None
+    recipe._text, recipe._read = text, read
     return recipe
-
-
-def _causes(faults: Sequence[ErrorDetails]) -> Iterator[ErrorDetails]:
-    """Faults that are mistakes of the writer: a list that lost its faulty entries is not too short, a misspelt key not missing too."""
-    misspelt = {fault["loc"][:-1] for fault in faults if fault["type"] == "extra_forbidden"}
-    for fault in faults:
-        path, kind = fault["loc"], fault["type"]
-        caused = kind == "too_short" and any(other["loc"][: len(path)] == path and other is not fault for other in faults)
-        if not caused and not (kind == "missing" and path[:-1] in misspelt):
-            yield fault
-
-
-def _line(fault: ErrorDetails, text: YamlText) -> str:
-    """One line for a fault that pydantic found: place, what was found, what to do."""
-    path, kind, context = fault["loc"], fault["type"], fault.get("ctx", {})
-    hint = None
-    if kind == "extra_forbidden":
-        known = sorted(_known(path[:-1]))
-        what = ("operation", "operations") if path[:1] == ("steps",) and len(path) == 3 else ("key", "keys")
-        message = f"unknown {what[0]} '{path[-1]}'"
-        hint = did_you_mean(str(path[-1]), known) or f"known {what[1]} are {', '.join(known)}"
-    elif kind == "missing":
-        message = f"'{path[-1]}' is missing"
-    elif kind.startswith("union_tag"):
-        name = context["discriminator"].strip("'")
-        known = sorted(_tags(path, name))
-        message = f"'{name}' is missing" if kind == "union_tag_not_found" else f"unknown {name} '{context['tag']}'"
-        hint = did_you_mean(context.get("tag", ""), known) or f"known are {', '.join(known)}"
-        path = (*path, name)
-    elif kind in ("value_error", "assertion_error") or kind not in get_args(ErrorType):
-        message = _with_found(str(context.get("error", fault["msg"])), fault.get("input"))
-        path = (*path, context["at"]) if "at" in context else path
-    else:
-        shown = ".".join(str(part) for part in text.present(path))
-        message = f"{shown or 'recipe'}: {_expected(fault)}, found {_shown(fault.get('input'))}"
-    return str(RecipeError(message, where=text.where(path, key=kind == "extra_forbidden" or "at" in context), hint=hint))
-
-
-def _with_found(message: str, found: Any) -> str:
-    """Add a plain value that the message does not show already."""
-    return message if isinstance(found, Mapping | list | tuple) or _shown(found) in message else f"{message}, found {_shown(found)}"
-
-
-EXPECTED = {
-    "int_type": "expected a whole number", "int_parsing": "expected a whole number", "int_from_float": "expected a whole number",
-    "string_type": "expected text", "bool_type": "expected true or false", "bool_parsing": "expected true or false",
-    "tuple_type": "expected a list", "dict_type": "expected a mapping", "model_type": "expected a mapping",
-    "model_attributes_type": "expected a mapping", "float_parsing": "expected a number", "too_short": "expected at least one entry",
-    "string_too_short": "expected some text", "greater_than_equal": "expected at least {ge}", "less_than_equal": "expected at most {le}",
-}  # fmt: skip
-
-
-def _expected(fault: ErrorDetails) -> str:
-    known = EXPECTED.get(fault["type"])
-    text = fault["msg"].replace("Input should be", "expected") if known is None else known.format(**fault.get("ctx", {}))
-    return text[0].lower() + text[1:]
-
-
-def _shown(value: Any) -> str:
-    text = "nothing" if value is None else f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _known(path: Iterable[Key]) -> set[str]:
-    """Keys that are known at a place of the recipe, over all forms that it can take."""
-    return {field.alias or name for kind in _kinds(path) for name, field in kind.model_fields.items()}
-
-
-def _tags(path: Iterable[Key], name: str) -> set[str]:
-    """Values of the key that tells the forms apart which a place of the recipe can take."""
-    return {str(kind.model_fields[name].default) for kind in _kinds(path) if name in kind.model_fields}
-
-
-def _kinds(path: Iterable[Key]) -> list[type[BaseModel]]:
-    kinds: list[type[BaseModel]] = [Recipe]
-    for part in path:
-        fields = [kind.model_fields[str(part)].annotation for kind in kinds if isinstance(part, str) and part in kind.model_fields]
-        kinds = [model for field in fields for model in _models(field)] or kinds
-    return kinds
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Models that stand anywhere in an annotation."""
-    if get_origin(annotation) is not None:
-        for part in get_args(annotation):
-            yield from _models(part)
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation

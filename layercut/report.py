@@ -40,7 +40,7 @@ class ReportSource(Record):
 
 
 class Change(Record):
-    """A number before and after. Before is the donor's."""
+    """A number before and after. Before is the donor's, also where layers of other sources went into the output."""
 
     before: int
     after: int
@@ -53,7 +53,7 @@ class WrittenFile(Record):
     header_sha256: str | None = None
     """sha256 of the safetensors header, its 8-byte length included; null for other files."""
     sha256: str | None = None
-    """sha256 of the whole file; null for weight files, whose bytes are those of the sources."""
+    """sha256 of the whole file; null for weight files, whose bytes are copied or computed from those of the sources."""
 
 
 class Report(Record):
@@ -72,9 +72,10 @@ class Report(Record):
     layers: tuple[LayerRef, ...]
     """The output stack, first layer first."""
     kept: dict[str, tuple[str, ...]]
-    """By source: its layers in the output, in output order, as half-open ranges such as `[0, 21)`."""
+    """By source: its layers in the output, in output order, as half-open ranges such as `[0, 21)`. An average stands alone, as the
+    layers whose place it takes, with the source that it is named after."""
     dropped: dict[str, tuple[int, ...]]
-    """By source: indices of the layers that are nowhere in the output."""
+    """By source: indices of the layers that are nowhere in the output, not even in an average."""
     seams: tuple[Seam, ...]
     choices: tuple[Choice, ...]
     edits: tuple[Edit, ...]
@@ -82,8 +83,9 @@ class Report(Record):
     notes: tuple[str, ...]
     measurement: Measurement | None
     parameters: Change
+    """Number of elements in all tensors: in those that are read from the donor, and in those of the output."""
     weight_bytes: Change
-    """Size of all weight files, headers included."""
+    """Size of all weight files, headers included: those of the donor, and those of the output."""
     files: dict[str, WrittenFile]
     """Every file of the output but this one."""
     evaluation: dict[str, Any] | None = None
@@ -190,7 +192,7 @@ def file_digest(path: Path) -> WrittenFile:
 
 
 def _dropped(layers: Sequence[LayerRef], alias: str, depth: int) -> tuple[int, ...]:
-    used = {layer.index for layer in layers if layer.model == alias}
+    used = {share.index for layer in layers for share in (layer.shares or (layer,)) if share.model == alias}
     return tuple(index for index in range(depth) if index not in used)
 
 

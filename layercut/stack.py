@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
-
-class Record(BaseModel):
-    """A frozen record that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
+from layercut.record import Record as Record
 
 
 class Share(Record):
@@ -47,13 +41,39 @@ class LayerRef(Record):
     identity: bool = False
     """What it adds to the residual stream is zeroed, so that it hands on the state that it gets."""
 
+    fitted: str | None = None
+    """A map that stands in for the layers, and has to be fitted."""
+
     @property
     def plain(self) -> bool:
         """Whether the layer is a byte copy."""
-        return not self.shares and not self.scalings
+        return not self.shares and not self.scalings and self.fitted is None
 
 
 Stack = tuple[LayerRef, ...]
+
+
+def models_of(layer: LayerRef) -> tuple[str, ...]:
+    """The models that a layer draws on."""
+    return tuple(share.model for share in layer.shares) or (layer.model,)
+
+
+def blocks_of(positions: Sequence[int]) -> tuple[Block, ...]:
+    """Positions as maximal blocks, in order."""
+    blocks: list[Block] = []
+    for position in sorted(positions):
+        if blocks and blocks[-1].stop == position:
+            blocks[-1] = Block(blocks[-1].start, position + 1)
+        else:
+            blocks.append(Block(position, position + 1))
+    return tuple(blocks)
+
+
+class Block(NamedTuple):
+    """Consecutive positions [start, stop) of a stack."""
+
+    start: int
+    stop: int
 
 
 class Boundary(NamedTuple):
@@ -72,18 +92,22 @@ class Joint(NamedTuple):
 
 
 def joints(stack: Sequence[LayerRef], depths: Mapping[str, int]) -> Iterator[Joint]:
-    """The seams of a stack in order. Starting above layer 0, or ending below the last layer, is a seam too."""
-    state: Boundary | None = None
+    """The seams of a stack in order. Starting above layer 0, or ending below the last layer, is a seam too.
+
+    The embeddings are those of the first layer's model, final norm and head those of the last one's.
+    """
+    if not stack:
+        return
+    state, end = Boundary(stack[0].model, 0), Boundary(stack[-1].model, depths[stack[-1].model])
     for at, layer in enumerate(stack):
         if layer.identity:
             continue
-        state = state or Boundary(layer.model, 0)
         wanted = Boundary(layer.model, layer.index)
         if state != wanted:
             yield Joint(at, state, wanted)
         state = Boundary(layer.model, layer.index + layer.span)
-    if state is not None and state.number < depths[state.model]:
-        yield Joint(len(stack), state, Boundary(state.model, depths[state.model]))
+    if state != end:
+        yield Joint(len(stack), state, end)
 
 
 class Run(NamedTuple):
@@ -102,7 +126,7 @@ def runs(stack: Sequence[LayerRef]) -> tuple[Run, ...]:
     found: list[Run] = []
     joinable = False
     for layer in stack:
-        single = layer.identity or bool(layer.shares) or layer.span != 1
+        single = layer.identity or bool(layer.shares) or layer.fitted is not None
         if found and joinable and not single and found[-1].model == layer.model and found[-1].stop == layer.index:
             found[-1] = found[-1]._replace(stop=layer.index + 1)
         else:

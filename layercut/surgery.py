@@ -114,7 +114,10 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         (INDICES,),
     ),
     **dict.fromkeys(("full_attn_layers", "kda_layers", "ple_layer_ids"), (INDICES_FROM_1,)),
-    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "num_hash_layers", "max_window_layers", "moe_layer_start_index"), (PREFIX,)),
+    **dict.fromkeys(
+        ("first_k_dense_replace", "num_dense_layers", "num_hash_layers", "max_window_layers", "moe_layer_start_index"),
+        (PREFIX,),
+    ),
     "num_kv_shared_layers": (SUFFIX,),
     **dict.fromkeys(
         (
@@ -149,15 +152,16 @@ class Surgery(NamedTuple):
     edits: tuple[Edit, ...]
 
 
-def operate(text: str, donor: str, members: Mapping[str, Member], order: Sequence[LayerRef]) -> Surgery:
+def operate(text: str, donor: str, members: Mapping[str, Member], order: Sequence[LayerRef], more: tuple[Edit, ...] = ()) -> Surgery:
     """Make the config text of `donor` describe the stack `order`.
 
     Every depth-dependent value follows its rule; every other byte stays. Raises RefusedError when the new stack cannot be
     described (a period that is broken, a prefix that is no prefix), or when a value looks depth-dependent and has no rule.
+    `more` are edits that other parts of the plan ask for.
     """
     config, stack = members[donor].checkpoint.config, members[donor].stack
-    if list(order) == [LayerRef(model=donor, index=index) for index in range(stack.depth)]:
-        return Surgery(text, ())
+    if [(layer.model, layer.index) for layer in order] == [(donor, index) for index in range(stack.depth)]:
+        return Surgery(replace(text, {tuple(edit.key.split(".")): edit.after for edit in more}), more)
     reason = objection(config_node(config, stack.node), [layer.index for layer in order], stack.depth)
     if reason is not None:
         raise RefusedError(reason)
@@ -171,6 +175,7 @@ def operate(text: str, donor: str, members: Mapping[str, Member], order: Sequenc
         node = config_node(config, stack.node)
         why = "multi-token-prediction layers are left out"
         edits += [Edit(key=_dotted(stack, name), before=node[name], after=0, reason=why) for name in MTP_KEYS if node.get(name)]
+    edits += more
     changed = {tuple(edit.key.split(".")): edit.after for edit in edits}
     return Surgery(replace(text, changed), tuple(edits))
 

@@ -112,6 +112,9 @@ class YamlText:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             place = self.name if mark is None else f"{self.name}:{mark.line + 1}:{mark.column + 1}"
+            if error.problem == "but found another document":
+                several = "split them at '---'; a later one names the output folder of an earlier one as its model"
+                raise RecipeError("several recipes in one file", where=place, hint=several) from None
             line = "" if mark is None else "".join(text.splitlines()[mark.line : mark.line + 1])[mark.column :]
             hint = "indent with spaces, not tabs" if line.startswith("\t") else None
             raise RecipeError(f"not valid YAML: {error.problem or error.context}", where=place, hint=hint) from None

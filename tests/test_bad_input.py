@@ -261,6 +261,15 @@ def test_two_mistakes_are_two_lines(tmp_path: Path, model: Checkpoint) -> None:
     ]
 
 
+def test_a_value_of_several_lines_stays_on_one(tmp_path: Path, model: Checkpoint) -> None:
+    text = 'model: m\ndepth: "a\\nb\\x85"\nmetric: "x\\ty"\n"k\\r": 1\n'
+    assert said(text, tmp_path, model).split("\n") == [
+        r"r.yaml:2:8: depth: expected a whole number, found 'a\nb\x85'",
+        rf"r.yaml:3:9: unknown metric 'x\ty' (known: {METRIC_LIST})",
+        said('model: m\n\n\n"k\\r": 1\n', tmp_path, model),
+    ]
+
+
 def test_a_long_value_is_cut(tmp_path: Path, model: Checkpoint) -> None:
     message = said(f"model: m\ndepth: {'x' * 500}", tmp_path, model)
     assert message == f"r.yaml:2:8: depth: expected a whole number, found '{'x' * 56}..."
@@ -320,5 +329,5 @@ def test_junk_is_told_in_lines_or_planned_and_never_crashes(
     except (RecipeError, CheckpointError) as error:
         for line in str(error).splitlines():
             assert line.startswith(f"{path}:"), line
-            for jargon in ("Input should", "valid tuple", "discriminator", "pydantic", "Field required", "None"):
+            for jargon in ("Input should", "valid tuple", "discriminator", "pydantic", "Field required", "expected None"):
                 assert jargon not in line

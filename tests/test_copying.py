@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layercut import copying
-from layercut.copying import BUFFER, Range, SourceFiles, coalesce, copy_range, explained, new_file, sync, write_bytes
+from layercut.copying import BUFFER, Range, SourceFiles, coalesce, copy_range, explained, new_file, sync, write_at, write_bytes
 from layercut.errors import CheckpointError, OutputError
 
 CONTENT = random.Random(0).randbytes(3 * BUFFER + 17)
@@ -259,6 +259,61 @@ def test_source_files_name_the_file_that_fails(tmp_path, monkeypatch):
     assert str(caught.value) == f"[Errno {errno.EIO}] Input/output error (copying from {path})"
 
 
+@pytest.mark.parametrize(
+    ("begin", "end"), [(0, len(CONTENT)), (5, 5 + BUFFER), (BUFFER - 1, BUFFER + 1), (7, 7), (len(CONTENT) - 1, len(CONTENT))]
+)
+def test_source_files_read_a_range(tmp_path, begin, end):
+    (tmp_path / "source").write_bytes(CONTENT)
+    with ExitStack() as stack:
+        data = SourceFiles(stack).read(Range(tmp_path / "source", begin, end))
+    assert data == CONTENT[begin:end]
+    data[:1] = b"x"  # may be written to
+    assert (tmp_path / "source").read_bytes() == CONTENT
+
+
+def test_short_reads_go_on(tmp_path, monkeypatch):
+    (tmp_path / "source").write_bytes(CONTENT)
+    real, asked = os.pread, []
+    monkeypatch.setattr(os, "pread", lambda descriptor, count, at: asked.append((count, at)) or real(descriptor, min(count, 100), at))
+    with ExitStack() as stack:
+        assert SourceFiles(stack).read(Range(tmp_path / "source", 3, 253)) == CONTENT[3:253]
+    assert asked == [(250, 3), (150, 103), (50, 203)]
+
+
+def test_reading_and_copying_share_what_is_open(tmp_path):
+    path = tmp_path / "source"
+    path.write_bytes(b"12345")
+    with ExitStack() as stack, (tmp_path / "target").open("wb") as target:
+        files = SourceFiles(stack)
+        files.copy(Range(path, 0, 5), target.fileno(), 0)
+        path.rename(tmp_path / "elsewhere")
+        assert files.read(Range(path, 1, 3)) == b"23"
+        os.utime(tmp_path / "elsewhere", ns=(1, 1))
+        with pytest.raises(CheckpointError, match="was changed while it was copied"):
+            files.check_unchanged()
+
+
+def test_reading_names_the_file_that_ends_early(tmp_path):
+    path = tmp_path / "source"
+    path.write_bytes(b"12345")
+    with ExitStack() as stack, pytest.raises(CheckpointError) as caught:
+        SourceFiles(stack).read(Range(path, 2, 9))
+    assert str(caught.value) == f"{path}: ended early: 4 bytes are missing from byte 5 on; plan again"
+
+
+def test_reading_names_the_file_that_fails(tmp_path, monkeypatch):
+    path = tmp_path / "source"
+    path.write_bytes(b"12345")
+
+    def broken(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", broken)
+    with ExitStack() as stack, pytest.raises(CheckpointError) as caught:
+        SourceFiles(stack).read(Range(path, 0, 5))
+    assert str(caught.value) == f"{path}: cannot be read: Input/output error"
+
+
 @pytest.mark.parametrize("write", [lambda path: path.write_bytes(b"1234567"), lambda path: os.utime(path, ns=(1, 1))])
 def test_source_files_tell_a_change(tmp_path, write):
     path = tmp_path / "source"
@@ -328,6 +383,16 @@ def test_write_bytes_goes_on_after_short_writes(tmp_path, monkeypatch):
         write_bytes(target.fileno(), b"0123456789")
         write_bytes(target.fileno(), b"")
     assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def test_write_at_goes_on_after_short_writes_and_moves_nothing(tmp_path, monkeypatch):
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, at: real(descriptor, data[:3], at))
+    with (tmp_path / "file").open("wb") as target:
+        write_at(target.fileno(), bytearray(b"0123456789"), 4)
+        write_at(target.fileno(), b"", 100)
+        write_bytes(target.fileno(), b"ab")
+    assert (tmp_path / "file").read_bytes() == b"ab\0\0" + b"0123456789"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -22,14 +23,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from layercut import executor
+from layercut import arithmetic, executor
 from layercut.checkpoint import open_checkpoint
 from layercut.errors import CheckpointError, LayercutError, OutputError
 from layercut.executor import execute
 from layercut.header import encode_header
-from layercut.plan import Actions, Companion, LeftOut, OutputFile, Plan, Source, TensorCopy
+from layercut.plan import Actions, Companion, LeftOut, OutputFile, Part, Plan, Source, TensorCopy, TensorMade
 from layercut.report import VOLATILE, read_report
 from layercut.stack import LayerRef
+from layercut.staging import SLACK
+from layercut.verify import verify
 
 INDEX = "model.safetensors.index.json"
 LAYER = re.compile(r"(.*?\.)(\d+)(\..+)")
@@ -75,9 +78,25 @@ def plan_for(folders, layers, *, shards=1, companions=True) -> Plan:
 
 
 def copy_of(tensor, alias, name) -> TensorCopy:
-    return TensorCopy(
-        name=name, dtype=tensor.dtype, shape=tensor.shape, model=alias, file=tensor.file, begin=tensor.begin, end=tensor.end
+    return TensorCopy(name=name, dtype=tensor.dtype, shape=tensor.shape, model=alias, file=tensor.file, begin=tensor.begin, end=tensor.end)
+
+
+def made_of(copy, *others, weights=(1.0,), **how) -> TensorMade:
+    """The tensor computed from its own bytes and those of `others`, as many as there are weights."""
+    copies = [copy, *others][: len(weights)]
+    parts = tuple(
+        Part(model=c.model, file=c.file, begin=c.begin, end=c.end, dtype=c.dtype, weight=weight)
+        for c, weight in zip(copies, weights, strict=True)
     )
+    return TensorMade(**{"name": copy.name, "dtype": copy.dtype, "shape": copy.shape, "parts": parts, **how})
+
+
+def with_made(plan: Plan, make) -> Plan:
+    """The plan with `make(tensor)` in the place of every tensor for which that is not None."""
+    files = tuple(
+        file.model_copy(update={"tensors": tuple(make(tensor) or tensor for tensor in file.tensors)}) for file in plan.actions.files
+    )
+    return plan.model_copy(update={"actions": plan.actions.model_copy(update={"files": files})})
 
 
 def source_of(checkpoint) -> Source:
@@ -174,9 +193,7 @@ def expected_weights(layers, donor="source"):
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
-@pytest.mark.parametrize(
-    "indices", [[0, 1, 2, 3, 4, 5], [0, 1, 4, 5], [5, 3, 3, 0], [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5], [2]], ids=str
-)
+@pytest.mark.parametrize("indices", [[0, 1, 2, 3, 4, 5], [0, 1, 4, 5], [5, 3, 3, 0], [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5], [2]], ids=str)
 def test_every_tensor_is_where_it_belongs(source, tmp_path, indices, shards):
     layers = [("source", index) for index in indices]
     execute(plan_for({"source": source}, layers, shards=shards), tmp_path / "out", progress=False)
@@ -346,6 +363,268 @@ def test_no_bar_where_stderr_is_no_terminal(plan, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+# Tensors that are computed, files that are written from text, and what cannot be executed
+
+
+def float_tensors(layers, size=16):
+    """Layers with two F32 matrices whose values say layer and matrix: 10, 11, 20, 21, ..."""
+    tensors = {"model.embed_tokens.weight": ("F32", (2, size), struct.pack(f"<{2 * size}f", *[5.0] * 2 * size))}
+    for layer in range(layers):
+        for number, name in enumerate("ab"):
+            values = [10.0 * (layer + 1) + number] * size
+            tensors[f"model.layers.{layer}.{name}"] = ("F32", (size,), struct.pack(f"<{size}f", *values))
+    return tensors
+
+
+@pytest.fixture
+def floats(tmp_path):
+    return write_checkpoint(tmp_path / "floats", float_tensors(4), {"model_type": "llama", "num_hidden_layers": 4}, shards=2)
+
+
+@pytest.fixture
+def made_plan(floats):
+    """Layers 0, 2, 3: the first doubled, `b` of the second zero, the third untouched."""
+
+    def make(tensor):
+        if tensor.name.startswith("model.layers.0."):
+            return made_of(tensor, factors=(2.0,))
+        return made_of(tensor, weights=()) if tensor.name == "model.layers.1.b" else None
+
+    return with_made(plan_for({"floats": floats}, [("floats", 0), ("floats", 2), ("floats", 3)]), make)
+
+
+def test_computed_and_copied_tensors_stand_in_order(made_plan, tmp_path):
+    report = execute(made_plan, tmp_path / "out", progress=False)
+    values = {"model.embed_tokens.weight": 5.0, "model.layers.0.a": 20.0, "model.layers.0.b": 22.0, "model.layers.1.a": 30.0}
+    values |= {"model.layers.1.b": 0.0, "model.layers.2.a": 40.0, "model.layers.2.b": 41.0}
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: set(array.ravel().tolist()) for name, array in found.items()} == {name: {value} for name, value in values.items()}
+    header = encode_header([(t.name, t.dtype, t.shape) for t in made_plan.actions.files[0].tensors], {"format": "pt"})
+    assert (tmp_path / "out" / "model.safetensors").read_bytes()[: len(header)] == header
+    assert (report.parameters.before, report.parameters.after) == (32 + 8 * 16, 32 + 6 * 16)
+    assert report.weight_bytes.after == (tmp_path / "out" / "model.safetensors").stat().st_size == len(header) + 4 * 128
+    assert report.weight_bytes.before == sum(path.stat().st_size for path in (tmp_path / "floats").glob("*.safetensors"))
+    assert report.files["model.safetensors"].sha256 is None
+    assert verify(tmp_path / "out", load=False).ok
+
+
+def test_computed_tensors_break_a_slice_and_nothing_else_does(made_plan, tmp_path, monkeypatch):
+    real, calls = executor.SourceFiles.copy, []
+    monkeypatch.setattr(executor.SourceFiles, "copy", lambda self, part, *rest: calls.append(part) or real(self, part, *rest))
+    execute(made_plan, tmp_path / "out", progress=False)
+    # embeddings | layers 0 computed | 1.a | 1.b zero | layer 2
+    assert [part.end - part.begin for part in calls] == [128, 64, 128]
+
+
+def test_progress_counts_computed_bytes(made_plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(arithmetic, "PIECE", 5)
+    moves, totals = [], []
+
+    @contextmanager
+    def meter(total, progress):
+        totals.append(total)
+        yield moves.append
+
+    monkeypatch.setattr(executor, "_meter", meter)
+    report = execute(made_plan, tmp_path / "out")
+    assert totals == [sum(moves)] == [sum(file.bytes for file in report.files.values())]
+    assert moves.count(20) == 6  # 16 values in pieces of 5, two tensors
+
+
+def test_zeros_load_no_torch_and_arithmetic_does(made_plan, floats, tmp_path):
+    plan = plan_for({"floats": floats}, [("floats", 0), ("floats", 2), ("floats", 3)])
+    zero = with_made(plan, lambda tensor: made_of(tensor, weights=(), dtype="BF16") if tensor.name.endswith(".a") else None)
+    heavy, _ = in_a_fresh_process(zero, tmp_path, tmp_path / "zero")
+    assert heavy == "[]"
+    heavy, _ = in_a_fresh_process(made_plan, tmp_path, tmp_path / "made")
+    assert "torch" in heavy and "transformers" not in heavy
+    raw = (tmp_path / "zero" / "model.safetensors").read_bytes()
+    entry = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["model.layers.1.a"]
+    begin, end = (8 + int.from_bytes(raw[:8], "little") + offset for offset in entry["data_offsets"])
+    assert (entry["dtype"], raw[begin:end]) == ("BF16", bytes(32))
+
+
+GROWTH = """
+import resource, sys
+import torch
+from pathlib import Path
+from layercut.executor import execute
+from layercut.plan import Plan
+(torch.ones(9, dtype=torch.bfloat16) * 2.0).isfinite()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+execute(Plan.from_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_with_a_computed_tensor(tmp_path):
+    folder, elements = tmp_path / "big", 100 << 20
+    folder.mkdir()
+    (folder / "config.json").write_text('{"num_hidden_layers": 1}')
+    header = encode_header([("model.layers.0.w", "BF16", (elements,))], {"format": "pt"})
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 2 * elements)
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\x80\x3f")  # 1.0
+    plan = with_made(plan_for({"big": folder}, [("big", 0)]), lambda tensor: made_of(tensor, factors=(2.0,)))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(executor.__file__).parents[1])}
+    command = [sys.executable, "-c", GROWTH, tmp_path / "plan.json", tmp_path / "out"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100_000  # kB, for a tensor of 200 MB
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == len(header) + 2 * elements
+    with (tmp_path / "out" / "model.safetensors").open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        assert file.read() == b"\0\0\0\x40"  # 2.0
+    shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_an_error_in_the_middle_of_a_computed_tensor_leaves_nothing(made_plan, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(arithmetic, "PIECE", 5)
+    before, real, calls = tree(tmp_path), arithmetic.write_at, []
+
+    def write_at(target, data, offset):
+        calls.append(len(data))
+        if len(calls) == 3:
+            raise error
+        real(target, data, offset)
+
+    monkeypatch.setattr(arithmetic, "write_at", write_at)
+    with pytest.raises((OutputError, KeyboardInterrupt)) as caught:
+        execute(made_plan, tmp_path / "out", progress=False)
+    assert calls == [20, 20, 20]
+    if isinstance(error, OSError):
+        message = "cannot be written: No space left on device; free some space and run again"
+        assert str(caught.value) == f"{tmp_path}/out/model.safetensors: {message}"
+    assert tree(tmp_path) == before
+
+
+def test_an_overflow_leaves_nothing(floats, tmp_path):
+    plan = with_made(
+        plan_for({"floats": floats}, [("floats", 3)]),
+        lambda tensor: made_of(tensor, factors=(2000.0,), dtype="F16") if tensor.name.endswith("b") else None,
+    )
+    before = tree(tmp_path)
+    with pytest.raises(OutputError) as caught:
+        execute(plan, tmp_path / "out", progress=False)
+    assert str(caught.value) == "tensor 'model.layers.0.b': overflows F16; use a dtype of larger range, or smaller factors"
+    assert tree(tmp_path) == before
+
+
+def test_a_source_that_changes_while_it_is_computed_with(made_plan, floats, tmp_path, monkeypatch):
+    real, path = executor.SourceFiles.read, floats / "model-00001-of-00002.safetensors"
+
+    def read(self, part):
+        os.utime(path, ns=(1, 1))
+        return real(self, part)
+
+    monkeypatch.setattr(executor.SourceFiles, "read", read)
+    with pytest.raises(CheckpointError, match=rf"^{path}: was changed while it was copied"):
+        execute(made_plan, tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["floats"]
+
+
+def with_texts(plan: Plan, texts) -> Plan:
+    """The plan with texts, which take the place of companions."""
+    companions = tuple(companion for companion in plan.actions.companions if companion.name not in texts)
+    return plan.model_copy(update={"actions": plan.actions.model_copy(update={"texts": texts, "companions": companions})})
+
+
+def test_texts_stand_in_for_companions(plan, tmp_path):
+    texts = {"templates/chat.jinja": "{{ größe }}\n", "notes/a.md": "", "chat_template.jinja": "{{ x }}"}
+    before = os.umask(0o077)
+    try:
+        report = execute(with_texts(plan, texts), tmp_path / "out", progress=False)
+    finally:
+        os.umask(before)
+    for name, text in texts.items():
+        assert (tmp_path / "out" / name).read_bytes() == text.encode()
+        assert (tmp_path / "out" / name).stat().st_mode & 0o777 == 0o644
+        assert report.files[name].sha256 == hashlib.sha256(text.encode()).hexdigest()
+    files = [path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sorted([*report.files, "layercut.json"]) == sorted(files)
+    checks = {check.name: check.ok for check in verify(tmp_path / "out", load=False).checks}
+    assert checks["files"] and checks["no other files"]
+
+
+def test_the_order_of_texts_does_not_show(plan, tmp_path):
+    texts = {"b.txt": "b", "a.txt": "a"}
+    one, two = with_texts(plan, texts), with_texts(plan, dict(sorted(texts.items())))
+    assert one.digest == two.digest
+    execute(one, tmp_path / "one", progress=False)
+    execute(two, tmp_path / "two", progress=False)
+    assert stable(tmp_path / "one") == stable(tmp_path / "two")
+
+
+def test_texts_count_for_space_and_progress(plan, tmp_path, monkeypatch):
+    totals = []
+
+    @contextmanager
+    def meter(total, progress):
+        moves = []
+        yield moves.append
+        totals.append((total, sum(moves)))
+
+    monkeypatch.setattr(executor, "_meter", meter)
+    execute(plan, tmp_path / "without")
+    execute(with_texts(plan, {"card.md": "ß" * 100}), tmp_path / "with")
+    assert totals[1] == (totals[0][0] + 200, totals[0][1] + 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../x", "plan writes to '../x', which is not a plain name inside the output folder"),
+        ("/x", "plan writes to '/x', which is not a plain name inside the output folder"),
+        ("a\nb", "plan writes to 'a\\nb', which is not a plain name inside the output folder"),
+        ("tokenizer.json", "plan writes 'tokenizer.json' twice"),
+        ("config.json", "plan writes 'config.json' twice"),
+        ("layercut.json", "plan writes 'layercut.json' twice"),
+        ("model-00001-of-00003.safetensors", "plan writes 'model-00001-of-00003.safetensors' twice"),
+        ("templates", "plan writes 'templates' as a file and as a folder"),
+        ("LICENSE/x", "plan writes 'LICENSE' as a file and as a folder"),
+        ("x.safetensors", "plan writes 'x.safetensors' from text, which no checkpoint carries (weights of the uncut model"),
+        ("pytorch_model.bin", "plan writes 'pytorch_model.bin' from text, which no checkpoint carries (weights of the uncut model"),
+        ("x.index.json", "plan writes 'x.index.json' from text, which no checkpoint carries (index of weights that are left out)"),
+        ("adapter_config.json", "plan writes 'adapter_config.json' from text, which no checkpoint carries (adapter of the uncut model)"),
+        (".git/config", "plan writes '.git/config' from text, which no checkpoint carries (version control or cache, not the model)"),
+    ],
+)  # fmt: skip
+def test_hostile_texts(plan, tmp_path, name, message):
+    before = tree(tmp_path)
+    with pytest.raises(OutputError) as caught:
+        execute(edited(plan, ("actions.texts", {name: "x"})), tmp_path / "out", progress=False)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+def test_an_index_cannot_come_as_text(floats, tmp_path):
+    plan = with_texts(plan_for({"floats": floats}, [("floats", 0)]), {INDEX: "{}"})
+    with pytest.raises(OutputError, match=rf"^plan writes '{INDEX}' from text, which no checkpoint carries"):
+        execute(plan, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("name", ["card.md", "config.json", INDEX])
+def test_texts_that_cannot_be_encoded(plan, tmp_path, name):
+    change = {"config.json": {"config": "{} \ud800"}, INDEX: {"index": "{} \ud800"}}.get(name, {"texts": {name: "{} \ud800"}})
+    broken = plan.model_copy(update={"actions": plan.actions.model_copy(update=change)})
+    with pytest.raises(OutputError, match=rf"^plan's '{name}' holds half of a surrogate pair at 3, which is no character"):
+        execute(broken, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_executed_yet_writes_nothing(plan, tmp_path):
+    before = tree(tmp_path)
+    pending = ["layers 1 to 3 of m replaced by a fitted linear map", "x\ny"]
+    with pytest.raises(OutputError) as caught:
+        execute(edited(plan, ("actions.pending", pending)), tmp_path / "out", overwrite=True, progress=False)
+    assert str(caught.value) == "this version plans but cannot execute: layers 1 to 3 of m replaced by a fitted linear map; x\\ny"
+    assert tree(tmp_path) == before
+
+
 # Where it may not be written
 
 
@@ -353,7 +632,7 @@ def test_an_output_that_holds_something_is_not_touched(plan, tmp_path, monkeypat
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     before = tree(tmp_path)
-    monkeypatch.setattr(executor, "_staged", None)  # nothing is staged either
+    monkeypatch.setattr(executor, "staged", None)  # nothing is staged either
     with pytest.raises(OutputError) as caught:
         execute(plan, tmp_path / "out", progress=False)
     assert str(caught.value) == f"{tmp_path}/out/ is not empty; choose another folder or pass --overwrite"
@@ -435,7 +714,7 @@ def test_current_and_home_folder_are_refused(plan, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("root", ["/", "/../.."])
 def test_the_root_is_refused(plan, root, monkeypatch, tmp_path):
-    monkeypatch.setattr(executor, "_staged", None)
+    monkeypatch.setattr(executor, "staged", None)
     with pytest.raises(OutputError, match="lie in each other"):
         execute(plan, Path(root), overwrite=True, progress=False)
 
@@ -467,7 +746,7 @@ def test_too_little_space(plan, tmp_path, monkeypatch):
 
 def test_space_is_counted_in_full(plan, tmp_path, monkeypatch):
     total = sum(file.bytes for file in execute(plan, tmp_path / "first", progress=False).files.values())
-    for free, fits in [(total + executor.SLACK, True), (total + executor.SLACK - 1, False)]:
+    for free, fits in [(total + SLACK, True), (total + SLACK - 1, False)]:
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         if fits:
             execute(plan, tmp_path / "out", progress=False)
@@ -480,17 +759,9 @@ def test_what_a_killed_run_left_counts_as_free(plan, tmp_path, monkeypatch):
     content = tmp_path / ".out.layercut-partial" / "content"
     content.mkdir(parents=True)
     (content / "model.safetensors").write_bytes(b"x" * (1 << 20))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=executor.SLACK))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=SLACK))
     execute(plan, tmp_path / "out", progress=False)
     assert "model.safetensors" not in tree(tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (4_500_000_000, "4.5 GB"), (123 * 10**8, "12.3 GB"), (3 * 10**16, "30000.0 TB")],
-)
-def test_sizes_for_people(count, text):
-    assert executor._size(count) == text
 
 
 def test_a_symlinked_output_stays_a_link(plan, tmp_path):
@@ -628,6 +899,60 @@ def test_a_hostile_plan_writes_nothing(plan, tmp_path, changes, message):
     assert tree(tmp_path) == before
 
 
+MADE = "actions.files.0.tensors.1"
+PART = f"{MADE}.parts.0"
+FIRST = "tensor 'model.layers.0.a'"
+FLOATS = "F64, F32, F16, BF16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([(f"{PART}.model", "other")], f"plan reads {FIRST} from 'model-00001-of-00002.safetensors', which is no weight file of 'other'"),
+        ([(f"{PART}.file", "../x")], f"plan reads {FIRST} from '../x', which is no weight file of 'floats'"),
+        ([(f"{PART}.file", "config.json")], f"plan reads {FIRST} from 'config.json', which is no weight file of 'floats'"),
+        ([(f"{PART}.begin", 0), (f"{PART}.end", 64)], f"plan reads {FIRST} from bytes 0 to 64, which are not weights of"),
+        ([(f"{PART}.begin", 10**9), (f"{PART}.end", 10**9 + 64)], f"plan reads {FIRST} from bytes 1000000000 to 1000000064, which"),
+        ([(f"{PART}.dtype", "F16")], f"plan reads 64 bytes for {FIRST}, F16 of shape [16]"),
+        ([(f"{PART}.dtype", "U8")], f"plan computes {FIRST} in 'U8'; arithmetic is for {FLOATS}"),
+        ([(f"{MADE}.dtype", "I32")], f"plan computes {FIRST} in 'I32'; arithmetic is for {FLOATS}"),
+        ([(f"{MADE}.dtype", "float32")], f"plan computes {FIRST} in 'float32'; arithmetic is for {FLOATS}"),
+        ([(f"{MADE}.compute", "")], f"plan computes {FIRST} in ''; arithmetic is for {FLOATS}"),
+        ([(f"{MADE}.compute", "F8_E4M3")], f"plan computes {FIRST} in 'F8_E4M3'; arithmetic is for {FLOATS}"),
+        ([(f"{MADE}.shape", [17])], f"plan reads 64 bytes for {FIRST}, F32 of shape [17]"),
+        ([(f"{MADE}.shape", [-4, -4])], f"plan gives {FIRST} the shape [-4, -4]"),
+        ([(f"{MADE}.shape", [-16]), (f"{MADE}.parts", []), (f"{MADE}.factors", [])], f"plan gives {FIRST} the shape [-16]"),
+        ([(f"{MADE}.parts", [])], f"plan multiplies {FIRST}, which has no parts"),
+        ([(f"{PART}.weight", float("nan"))], f"plan computes {FIRST} with the weight nan"),
+        ([(f"{MADE}.factors", [1.0, float("-inf")])], f"plan computes {FIRST} with the factor -inf"),
+        ([(f"{MADE}.name", "model.layers.2.a")], "plan writes tensor 'model.layers.2.a' twice"),
+        ([("actions.layers.0.shares", [{"model": "other", "index": 0, "weight": 1}])], "plan holds layer 0 of 'other', which is not there"),
+        ([("actions.layers.0.shares", [{"model": "floats", "index": 4, "weight": 1}])], "plan holds layer 4 of 'floats'"),
+        ([("actions.layers.2.span", 2)], "plan holds layer 4 of 'floats', which is not there"),
+        ([("actions.layers.0.span", 0)], "plan lets layer 0 of 'floats' stand for 0 layers"),
+    ],
+)  # fmt: skip
+def test_a_hostile_computation_writes_nothing(made_plan, tmp_path, changes, message):
+    before = tree(tmp_path)
+    with pytest.raises(OutputError) as caught:
+        execute(edited(made_plan, *changes), tmp_path / "out", overwrite=True, progress=False)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+def test_zeros_without_end_do_not_fit(made_plan, tmp_path):
+    before = tree(tmp_path)
+    for shape, error, message in (
+        ([10**9, 10**9], OutputError, r"^needs 4000000\.0 TB, "),
+        ([2**62, 2], CheckpointError, r"overflows int64"),
+    ):
+        endless = edited(made_plan, (f"{MADE}.shape", shape), (f"{MADE}.parts", []), (f"{MADE}.factors", []))
+        with pytest.raises(error, match=message):
+            execute(endless, tmp_path / "out", progress=False)
+    assert tree(tmp_path) == before
+
+
 def test_a_tensor_cannot_be_the_metadata(plan, tmp_path):
     index = plan.actions.index.replace("model.embed_tokens.weight", "__metadata__")
     changes = [(f"{TENSOR}.name", "__metadata__"), ("actions.index", index)]
@@ -693,7 +1018,7 @@ def test_an_interrupt_leaves_nothing(plan, tmp_path, monkeypatch, after):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from layercut import executor
+from layercut import arithmetic, executor
 from layercut.plan import Plan
 real, calls = executor.SourceFiles.copy, []
 def copy(self, *args):

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from layercut.errors import CheckpointError, OutputError
 from layercut.plan import Actions, Candidate, Choice, Distance, Edit, LeftOut, Measurement, Plan, Seam, Source, Table
 from layercut.report import VOLATILE, Change, WrittenFile, file_digest, layer_ranges, make_report, read_report, write_report
-from layercut.stack import LayerRef
+from layercut.stack import LayerRef, Scaling, Share
 
 
 def stack(*layers):
@@ -85,6 +85,17 @@ def test_facts_of_the_plan_are_all_there(plan, report):
 def test_kept_and_dropped_layers(report):
     assert report.kept == {"b": ("[3, 4)",), "a": ("[0, 2)", "[1, 2)")}
     assert report.dropped == {"b": (0, 1, 2), "a": (2,)}
+
+
+def test_layers_of_an_average_are_not_dropped(plan):
+    shares = Share(model="a", index=0, weight=0.5), Share(model="b", index=2, weight=0.5)
+    scaled = LayerRef(model="a", index=2, scalings=((Scaling(tensors="*", by=0.0),),), identity=True)
+    layers = LayerRef(model="a", index=0, span=2, shares=shares), scaled
+    averaged = plan.model_copy(update={"actions": plan.actions.model_copy(update={"layers": layers})})
+    report = make_report(averaged, files=FILES, parameters=1, timings={})
+    assert report.layers == layers
+    assert report.dropped == {"b": (0, 1, 3), "a": (1,)}
+    assert report.kept == {"b": (), "a": ("[0, 2)", "[2, 3)")}
 
 
 def test_numbers_before_are_the_donors(report):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from layercut.stack import Boundary, Joint, LayerRef, Run, Stack, joints, runs
+from layercut.stack import Boundary, Joint, LayerRef, Run, Scaling, Share, Stack, joints, runs
 
 DEPTHS = {"a": 6, "b": 4}
 
@@ -58,6 +58,30 @@ def test_runs_of_nothing() -> None:
 
 def test_a_run_is_written_half_open() -> None:
     assert str(Run("a", 3, 7)) == "[3, 7)"
+
+
+def test_a_layer_that_adds_nothing_hands_on_the_state_that_it_gets() -> None:
+    copy = LayerRef(model="a", index=2, identity=True)
+    whole = stack("a0", "a1", "a2", "a3", "a4", "a5")
+    assert list(joints((*whole[:3], copy, *whole[3:]), DEPTHS)) == []
+    assert list(joints((copy, *whole, copy), DEPTHS)) == []
+    assert list(joints((*whole[:2], copy, *whole[4:]), DEPTHS)) == [Joint(3, Boundary("a", 2), Boundary("a", 4))]
+    assert list(joints((copy, *whole[1:]), DEPTHS)) == [Joint(1, Boundary("a", 0), Boundary("a", 1))]
+    assert runs((*whole[:3], copy, *whole[3:])) == (Run("a", 0, 3), Run("a", 2, 3), Run("a", 3, 6))
+
+
+def test_a_layer_that_stands_for_several_meets_its_neighbours_without_a_seam() -> None:
+    whole = stack("a0", "a1", "a2", "a3", "a4", "a5")
+    average = LayerRef(model="a", index=2, span=2, shares=(Share(model="a", index=2, weight=0.5), Share(model="a", index=3, weight=0.5)))
+    assert list(joints((*whole[:2], average, *whole[4:]), DEPTHS)) == []
+    assert list(joints((*whole[:2], average, *whole[3:]), DEPTHS)) == [Joint(3, Boundary("a", 4), Boundary("a", 3))]
+    assert runs((*whole[:2], average, *whole[4:])) == (Run("a", 0, 2), Run("a", 2, 4), Run("a", 4, 6))
+
+
+def test_plain_layers_are_byte_copies() -> None:
+    assert LayerRef(model="a", index=0).plain
+    assert not LayerRef(model="a", index=0, scalings=((Scaling(tensors="*", by=0.5),),)).plain
+    assert not LayerRef(model="a", index=0, shares=(Share(model="a", index=0, weight=1),)).plain
 
 
 layers = st.sampled_from([LayerRef(model=model, index=index) for model, depth in DEPTHS.items() for index in range(depth)])

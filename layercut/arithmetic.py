@@ -1,0 +1,108 @@
+"""Computes tensors of a plan: weighted averages, casts, factors and zeros, a piece at a time. Only what has parts needs torch.
+
+Every operation is elementwise and rounds the same way on every machine, so pieces and threads do not show in the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import nan, prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from layercut.copying import BUFFER, Range, SourceFiles, write_at
+from layercut.errors import OutputError
+from layercut.header import ITEM_BITS, quoted
+from layercut.plan import TensorMade
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES: Mapping[str, str] = MappingProxyType({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"})
+"""Dtypes that are computed with: name in torch by name in safetensors."""
+
+# Elements that are computed at once: every part of a tensor takes this much memory, a few times.
+PIECE = 1 << 20
+
+
+def write_made(
+    made: TensorMade, folders: Mapping[str, Path], opened: SourceFiles, target: int, offset: int, advance: Callable[[int], object]
+) -> None:
+    """Compute one tensor and write its bytes at `offset` of the descriptor `target`.
+
+    `folders` holds the folder of every source by alias. `advance` is called with the number of bytes after every piece. The plan must have
+    been checked. Raises OutputError when finite weights overflow, CheckpointError when a source cannot be read, and OSError when
+    the target cannot be written.
+    """
+    if not made.parts:
+        _write_zeros(made.nbytes, target, offset, advance)
+        return
+    elements = prod(made.shape)
+    for first in range(0, elements, PIECE):
+        last = min(first + PIECE, elements)
+        pieces: list[bytearray] = []
+        for part in made.parts:
+            width = ITEM_BITS[part.dtype] // 8
+            pieces.append(opened.read(Range(folders[part.model] / part.file, part.begin + first * width, part.begin + last * width)))
+        data = _compute(made, pieces)
+        write_at(target, data, offset)
+        offset += len(data)
+        advance(len(data))
+
+
+def _write_zeros(count: int, target: int, offset: int, advance: Callable[[int], object]) -> None:
+    """Zeros that are really written: a hole would take its room later, when nobody checks for it."""
+    zeros = bytes(min(BUFFER, count))
+    for done in range(0, count, BUFFER):
+        piece = zeros[: count - done]
+        write_at(target, piece, offset + done)
+        advance(len(piece))
+
+
+def _compute(made: TensorMade, pieces: Sequence[bytearray]) -> bytearray:
+    """The bytes of one piece of the tensor from the same piece of its parts."""
+    import torch
+
+    parts = [torch.frombuffer(piece, dtype=_torch(part.dtype)) for part, piece in zip(made.parts, pieces, strict=True)]
+    value = _value(made, parts)
+    data = bytearray(value.numel() * ITEM_BITS[made.dtype] // 8)
+    result = torch.frombuffer(data, dtype=_torch(made.dtype))
+    result.copy_(value)
+    spoiled = ~result.isfinite()
+    if spoiled.any():
+        for part in parts:
+            spoiled &= part.isfinite()
+        if spoiled.any():
+            early = bool((spoiled & ~value.isfinite()).any())
+            dtype = (made.compute or made.parts[0].dtype) if early else made.dtype
+            hint = "use a dtype of larger range, or smaller factors"
+            raise OutputError(f"overflows {dtype}", where=f"tensor {quoted(made.name)}", hint=hint)
+        # Sources held NaN. Vector and scalar instructions spell it differently, which would show in the bytes.
+        result.masked_fill_(result.isnan(), nan)
+    return data
+
+
+def _value(made: TensorMade, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The computation that `TensorMade` states, but for its last cast."""
+    import torch
+
+    value, weight = parts[0], made.parts[0].weight
+    if len(parts) > 1 or weight != 1:
+        wide = torch.float64 if any(part.dtype == "F64" for part in made.parts) else torch.float32
+        value = value.to(wide) * weight
+        # Product and sum are rounded one by one: add(alpha=) may fuse them on some machines.
+        for part, tensor in zip(made.parts[1:], parts[1:], strict=True):
+            value += tensor.to(wide) * part.weight
+    value = value.to(_torch(made.compute or made.parts[0].dtype))
+    for factor in made.factors:
+        value = value * factor
+    return value
+
+
+def _torch(dtype: str) -> torch.dtype:
+    import torch
+
+    found = getattr(torch, DTYPES[dtype])
+    assert isinstance(found, torch.dtype)
+    return found

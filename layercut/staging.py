@@ -1,0 +1,204 @@
+"""The place of an output: what must hold there, and the hidden folder beside it in which an output is made. Knows nothing of plans."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from layercut.checkpoint import Checkpoint
+from layercut.copying import sync
+from layercut.errors import OutputError
+from layercut.header import quoted
+
+# Room that is asked for beyond the bytes themselves: the report, folders, and what the file system keeps for its own use.
+SLACK = 32 << 20
+
+# A file system without locks is no reason to refuse (Lustre mounted without flock); only a lock that is held is.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+class Place(NamedTuple):
+    """Where the output goes, and the names beside it that are used on the way."""
+
+    shown: Path
+    """As the user wrote it, for messages."""
+    target: Path
+    """The same, absolute and without symbolic links."""
+
+    @property
+    def staging(self) -> Path:
+        return self.target.parent / f".{self.target.name}.layercut-partial"
+
+    @property
+    def content(self) -> Path:
+        """The future output folder. What helps to write it (the lock) lies beside it in `staging`, never in it."""
+        return self.staging / "content"
+
+    @property
+    def lock(self) -> Path:
+        return self.staging / "lock"
+
+    @property
+    def old(self) -> Path:
+        """Where a folder that is overwritten waits until the new one has its name."""
+        return self.target.parent / f".{self.target.name}.layercut-old"
+
+
+# Checks, before anything is written
+
+
+def check_place(place: Place, sources: Mapping[str, Checkpoint]) -> None:
+    """The output must be a folder of its own: away from the sources, the current directory, the home, and mount points."""
+    shown, target = place
+    for alias, checkpoint in sources.items():
+        folder = Path(os.path.realpath(checkpoint.folder))
+        if _inside(target, folder) or _inside(folder, target):
+            raise OutputError(f"{shown} and the source {folder} lie in each other", hint="choose a folder outside the sources")
+        for name in (*checkpoint.files, *(name for name, _ in checkpoint.companions)):
+            if _inside(Path(os.path.realpath(folder / name)), target):
+                raise OutputError(f"{shown} holds {name} of the source {quoted(alias)}", hint="choose another folder")
+    # expanduser of os.path leaves "~" where no home is known; the one of Path raises.
+    for kept, what in ((Path.cwd(), "the current directory"), (Path(os.path.realpath(os.path.expanduser("~"))), "the home folder")):  # noqa: PTH111
+        if _inside(kept, target):
+            raise OutputError(f"{shown} is {what} or holds it", hint="choose another folder")
+    if os.path.ismount(target):
+        raise OutputError(f"{shown} is a mount point and cannot be put in place at once", hint="choose a folder inside it")
+    parent = _existing(target.parent)
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is a file, {shown} cannot lie in it", hint="choose another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} is not writable", hint="choose another folder")
+
+
+def check_vacant(place: Place, overwrite: bool) -> None:
+    """Nothing may stand at the output but an empty folder, or with `overwrite` any folder."""
+    if not os.path.lexists(place.target):
+        return
+    if not place.target.is_dir():
+        raise OutputError(f"{place.shown} is a file", hint="choose another folder")
+    if not overwrite and any(place.target.iterdir()):
+        raise OutputError(f"{place.shown}/ is not empty", hint="choose another folder or pass --overwrite")
+
+
+def check_space(place: Place, needed: int) -> None:
+    """The file system must have `needed` bytes and some more; what a killed run left there will be freed and counts."""
+    parent = _existing(place.target.parent)
+    free = shutil.disk_usage(parent).free
+    for folder, _, names in os.walk(place.staging):
+        for name in names:
+            free += os.lstat(os.path.join(folder, name)).st_blocks * 512  # noqa: PTH118
+    if needed + SLACK > free:
+        raise OutputError(f"needs {_size(needed + SLACK)}, {_size(free)} free on {parent}", hint="free some space or choose another folder")
+
+
+def _existing(path: Path) -> Path:
+    """The nearest path upwards that exists."""
+    return next((folder for folder in (path, *path.parents) if os.path.lexists(folder)), path)
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or lies in it. By identity, not by name: names differ over bind mounts and letter case."""
+    return folder.exists() and any(above.exists() and above.samefile(folder) for above in (path, *path.parents))
+
+
+def _size(count: int) -> str:
+    """Bytes for people, in the units in which disks and models are sold."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+# Staging: a hidden folder beside the output, held by one run at a time
+
+
+@contextmanager
+def staged(place: Place) -> Iterator[None]:
+    """An empty content folder that no other run touches; afterwards nothing of the staging is left, nor of parents made in vain."""
+    made = [folder for folder in reversed(place.target.parents) if not folder.exists()]
+    try:
+        for folder in made:
+            folder.mkdir()
+        lock = _take_lock(place)
+        try:
+            # An earlier run that was killed leaves its content. Here is the place to go on from it instead.
+            if os.path.lexists(place.content):
+                shutil.rmtree(place.content)
+            place.content.mkdir()
+            yield
+        finally:
+            shutil.rmtree(place.content, ignore_errors=True)
+            # The lock goes last, so that a run which starts meanwhile either waits its turn or finds nothing.
+            place.lock.unlink(missing_ok=True)
+            with suppress(OSError):
+                place.staging.rmdir()
+            os.close(lock)
+    except BaseException:
+        with suppress(OSError):
+            for folder in reversed(made):
+                folder.rmdir()
+        raise
+
+
+def _take_lock(place: Place) -> int:
+    """Descriptor of the lock file, locked; it must be closed. Raises OutputError when another run holds it."""
+    for _ in range(100):
+        with suppress(FileExistsError):
+            place.staging.mkdir()
+        if place.staging.is_symlink() or not place.staging.is_dir():
+            raise OutputError(f"{place.staging} is in the way", hint="remove it")
+        try:
+            lock = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(lock)
+                if isinstance(error, BlockingIOError):
+                    break
+                raise
+        # The run that held the lock may have finished and removed the file after it was opened here.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.lstat(place.lock)):
+                return lock
+        os.close(lock)
+    raise OutputError(f"another layercut is writing {place.shown}", hint="wait for it or choose another folder")
+
+
+def recover(place: Place) -> None:
+    """Undo the first half of an overwrite that was killed between its two renames."""
+    if place.old.is_dir() and not os.path.lexists(place.target):
+        place.old.rename(place.target)
+
+
+def publish(place: Place, overwrite: bool) -> None:
+    """Give the content its name. An older folder steps aside first, comes back when this fails, and goes when it is done."""
+    replaces = overwrite and place.target.is_dir() and any(place.target.iterdir())
+    if replaces and os.path.lexists(place.old):
+        shutil.rmtree(place.old)
+    try:
+        if replaces:
+            place.target.rename(place.old)
+        # Without permission to replace, a folder that was filled in the meantime makes this fail.
+        place.content.rename(place.target)
+    except BaseException:
+        if replaces:
+            recover(place)
+        raise
+    sync(place.target.parent)
+    if replaces:
+        try:
+            shutil.rmtree(place.old)
+        except OSError as error:
+            message = f"{place.shown} is complete, but the folder that it replaces could not be removed: {error.strerror}"
+            raise OutputError(message, hint=f"remove {place.old}") from error

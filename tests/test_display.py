@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import byte_tensors, write_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layercut.architecture import find_stack
+from layercut.checkpoint import open_checkpoint
+from layercut.display import amount, change, columns, inspect_data, inspect_text, picture, plan_text, report_text, seam_line, size
+from layercut.executor import execute
+from layercut.plan import Distance, Plan, Seam
+from layercut.planner import build_plan
+from layercut.recipe import parse_recipe
+from layercut.stack import LayerRef, Scaling, Share
+from layercut.yamltext import YamlText
+
+
+def planned(text: str) -> Plan:
+    def never(*_: object) -> None:
+        raise AssertionError("nothing is measured here")
+
+    recipe = parse_recipe(YamlText(text, "r.yaml"))
+    return build_plan(recipe, resolve=lambda reference: open_checkpoint(Path(reference), reference="m"), measure=never)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1234, "1.234 kB"), (999_499, "999.5 kB"), (269_055_360, "269.1 MB"), (5 * 10**12, "5 TB")],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(7, "7"), (1_500, "1.5 k"), (134_515_008, "134.5 M"), (8_030_261_248, "8.03 B")])
+def test_amounts(count: int, text: str) -> None:
+    assert amount(count) == text
+
+
+@given(st.integers(min_value=1, max_value=10**16))
+def test_a_size_is_right_to_four_digits(count: int) -> None:
+    number, unit = size(count).split()
+    scale = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[unit]
+    assert float(number) * scale == pytest.approx(count, rel=1e-3)
+
+
+def test_changes() -> None:
+    assert change(200, 150, amount) == "200 -> 150 (-25.0 %)"
+    assert change(0, 5, size) == "0 B -> 5 B"
+
+
+def test_columns_are_aligned() -> None:
+    assert list(columns([("a", "bb", "c"), ("long", "x"), ("", "y", "z")])) == ["  a     bb  c", "  long  x", "        y   z"]
+    assert list(columns([])) == []
+
+
+def test_a_seam_with_its_distances() -> None:
+    price = Distance(mean=0.14604, stderr=0.00312)
+    seam = Seam(at=13, from_model="a", from_boundary=13, to_model="b", to_boundary=19, distances={"angular[last]": price})
+    assert seam_line(seam, several=False) == "13 -> 19, angular[last] 0.1460 ± 0.0031"
+    assert seam_line(seam, several=True) == "a:13 -> b:19, angular[last] 0.1460 ± 0.0031"
+
+
+def test_the_picture_of_a_stack() -> None:
+    layers = [LayerRef(model="m", index=index) for index in (0, 1, 2, 1, 2, 3)]
+    seams = [Seam(at=3, from_model="m", from_boundary=3, to_model="m", to_boundary=1), Seam(at=6, from_model="m", from_boundary=4, to_model="m", to_boundary=5)]
+    assert list(picture(layers, seams)) == [
+        "  [0, 3)  ### 3 layers",
+        "          ~ seam 3 -> 1",
+        "  [1, 4)  ### 3 layers",
+        "          ~ seam 4 -> 5",
+    ]
+
+
+def test_the_picture_says_what_is_done_to_layers() -> None:
+    layers = [
+        LayerRef(model="a", index=0, scalings=((Scaling(tensors="*", by=0.5),),)),
+        LayerRef(model="b", index=4, span=2, shares=(Share(model="b", index=4, weight=0.25), Share(model="b", index=5, weight=0.75))),
+        LayerRef(model="a", index=5, identity=True, scalings=((Scaling(tensors="*", by=0),),)),
+        LayerRef(model="a", index=6, span=3, fitted="linear"),
+    ]
+    assert list(picture(layers, [])) == [
+        "  [0, 1)  # 1 layer of a, tensors scaled",
+        "  [4, 6)  # 1 layer of b, average of 0.25 x b:4, 0.75 x b:5",
+        "  [5, 6)  # 1 layer of a, adds nothing: its outputs are zeroed",
+        "  [6, 9)  # 1 layer of a, replaced by a fitted linear map",
+    ]
+
+
+def test_a_long_stack_fits_the_terminal() -> None:
+    lines = list(picture([LayerRef(model="m", index=index) for index in range(400)], []))
+    assert lines == [f"  [0, 400)  {'#' * 40} 400 layers"]
+
+
+def test_a_plan_and_its_report(byte_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = byte_checkpoint(layers=6)
+    (source / "tokenizer.json").write_text("{}")
+    plan = planned(f"model: {source}\nsteps: [{{prune: {{at: [1, 2, 4]}}}}]\noutput: somewhere\n")
+    assert plan_text(plan).splitlines() == [
+        "m: 6 -> 3 layers",
+        "",
+        "the new stack, first layer on top (half-open ranges, from 0)",
+        "  [0, 1)  # 1 layer",
+        "          ~ seam 1 -> 3",
+        "  [3, 4)  # 1 layer",
+        "          ~ seam 4 -> 5",
+        "  [5, 6)  # 1 layer",
+        "",
+        "  config.json num_hidden_layers  6 -> 3",
+        "  parameters                     960 -> 576 (-40.0 %)",
+        "  weights                        576 B in 1 file",
+        "  carried over                   1 files, 2 B",
+        "  output                         somewhere",
+        "",
+        "left out",
+        "  layers 1 to 2 (4 tensors, model.layers.*)  not in the stack that the recipe asks for",
+        "  layer 4 (2 tensors, model.layers.*)        not in the stack that the recipe asks for",
+    ]
+    report = execute(plan, tmp_path / "out", progress=False)
+    shown = report_text(report, tmp_path / "out").splitlines()
+    assert shown[:5] == ["m", "  layers      6 -> 3", "  kept        [0, 1) + [3, 4) + [5, 6)", "  seam        1 -> 3", "  seam        4 -> 5"]
+    assert shown[-1] == f"  model       {tmp_path / 'out'}"
+
+
+def test_the_report_shows_the_evaluation(byte_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    report = execute(planned(f"model: {byte_checkpoint()}\nsteps: [{{prune: {{at: 1}}}}]\n"), tmp_path / "out", progress=False)
+    measured = {"source": "builtin", "windows": 8, "max_length": 256}
+    evaluation = {
+        "perplexity": {"before": {"value": 25.987, **measured}, "after": {"value": 42.8, **measured}},
+        "generate": {"prompt": "Once", "before": " upon\na time", "after": " more"},
+    }
+    shown = report_text(report.with_evaluation(evaluation), tmp_path / "out")
+    assert "  perplexity  25.99 -> 42.80 (builtin text, 8 windows of 256 tokens)\n" in shown
+    assert "  prompt      Once\n  before      upon a time\n  after       more\n" in shown
+
+
+def test_inspect(tmp_path: Path) -> None:
+    tensors = byte_tensors(3)
+    tensors["model.layers.1.extra.weight"] = ("F32", (2,), bytes(8))
+    config = {"model_type": "llama", "num_hidden_layers": 3, "layer_types": ["a", "b", "a"]}
+    folder = write_checkpoint(tmp_path / "m", tensors, config)
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    checkpoint = open_checkpoint(folder, reference="m")
+    data = inspect_data(checkpoint, find_stack(checkpoint))
+    assert data["layers"] == 3 and data["prefix"] == "model.layers." and data["dtypes"] == {"F32": 8, "U8": 576}
+    assert data["kinds"] == [{"layers": [0, 2], "tensors": 2, "bytes": 128}, {"layers": [1], "tensors": 3, "bytes": 136}]
+    assert [value["key"] for value in data["depends_on_layers"]] == ["num_hidden_layers", "layer_types"]
+    assert inspect_text(data).splitlines() == [
+        "m",
+        "  type                      llama",
+        f"  folder                    {folder}",
+        "  layers                    3 (model.layers.0 to 2)",
+        "                            layers 0, 2: 2 tensors, 128 B each",
+        "                            layers 1: 3 tensors, 136 B each",
+        "  parameters                578 in 10 tensors",
+        "  weights                   584 B in 1 file, 67 % of it in layers",
+        "  dtypes                    F32 8 B, U8 576 B",
+        "  config num_hidden_layers  3 (depth)",
+        '  config layer_types        ["a", "b", "a"] (one entry a layer)',
+        "  carried over              nothing",
+        "  left out                  pytorch_model.bin: weights of the uncut model, in another format or copy",
+    ]
