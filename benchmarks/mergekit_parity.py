@@ -21,12 +21,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from parity_cases import CASES, COMMON, LAYERS, MODELS, Case
-from parity_rules import Difference, Outcome, Pair, differences, explain, read_tensors, rules_text
-
 HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # the files beside this one, and layercut as it stands in this checkout
+
+from parity_cases import CASES, COMMON, LAYERS, MODELS, Case  # noqa: E402
+from parity_rules import Difference, Outcome, Pair, differences, explain, read_tensors, rules_text  # noqa: E402
+
 PINS = HERE / "parity-constraints.txt"
 PACKAGES = ("mergekit", "torch", "transformers", "tqdm", "click", "pydantic", "pyyaml")
 VERSIONS = ("mergekit", "torch", "transformers", "safetensors")
@@ -96,7 +96,8 @@ def make_models(folder: Path) -> None:
 def run(command: Sequence[str], folder: Path, log: Path) -> Run:
     """Run a tool; what it prints goes to `log`."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, cwd=folder, env=os.environ | SURROUNDINGS, capture_output=True, text=True, check=False)
+    environment = os.environ | SURROUNDINGS | {"PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     log.write_text(done.stdout + done.stderr)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -195,12 +196,12 @@ def document(rows: Sequence[Row]) -> str:
     python = ".".join(map(str, sys.version_info[:2]))
     parts = [
         "<!-- Written by benchmarks/mergekit_parity.py. -->\n\n# layercut and mergekit on the same recipes",
-        f"{date.today().isoformat()}: layercut {__version__}, {versions}, Python {python}. Models of {LAYERS} random layers; the recipes and "
-        "the models are in [parity_cases.py](parity_cases.py), the rules in [parity_rules.py](parity_rules.py).",
+        f"{date.today().isoformat()}: layercut {__version__}, {versions}, Python {python}. Models of {LAYERS} random layers; the recipes "
+        "and the models are in [parity_cases.py](parity_cases.py), the rules in [parity_rules.py](parity_rules.py).",
         summary(rows),
         "## Rules\n\nWhat may differ, and why. Each is checked on the values, tensor by tensor.\n\n" + "\n".join(rules_text()),
-        "## Recipes\n\n`s` is processor time of the whole process, mergekit / layercut. Of a run that failed, the tensors that were written "
-        "are compared.\n\n" + table(rows),
+        "## Recipes\n\n`s` is processor time of the whole process, mergekit / layercut. Of a run that failed, the tensors that were "
+        "written are compared.\n\n" + table(rows),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -242,8 +243,7 @@ def main() -> int:
     python = make_environment(build)
     if Path(sys.prefix).resolve() == (build / "venv").resolve():
         return compare(arguments, build)
-    path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
-    return subprocess.run([str(python), *sys.argv], env=os.environ | {"PYTHONPATH": path}, check=False).returncode
+    return subprocess.run([str(python), *sys.argv], check=False).returncode
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from layercut.cli import cli
 from layercut.metrics import METRICS
 from layercut.operations import OPERATIONS
 from layercut.recipe import Recipe
+from layercut.strategies import STRATEGIES
 
 DOCS = Path(__file__).resolve().parent
 COMMAND = "make docs"
 NOTE = f"<!-- Written by docs/generate.py from the code. Change the code, then run: {COMMAND} -->"
 WIDTH = 100
 
-# One place where an operation needs words of its own: lines that a reader can copy into `steps`.
 # Texts of a pattern, in words: the first sample that a pattern takes.
 WORDS = {"3-5": '`"a-b"`', "25%": "percentage"}
 
@@ -142,6 +142,16 @@ def recipe_page() -> str:
         operation = section.place.removeprefix("steps[].")
         if section.parent == "Step" and operation in OPERATIONS:
             lines += ["", "```yaml", "steps:", *(f"  {line}" for line in OPERATIONS[operation].examples), "```"]
+    lines += [
+        "",
+        "## Strategies",
+        "",
+        "How a step chooses layers when only a number, or another budget, is given.",
+        "",
+        "| name | chooses |",
+        "|---|---|",
+    ]
+    lines += [f"| `{name}` | {' '.join(inspect.cleandoc(type(strategy).__doc__ or '').split())} |" for name, strategy in STRATEGIES.items()]
     return "\n".join(lines) + "\n"
 
 

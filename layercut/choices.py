@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from layercut.architecture import Member
 from layercut.calibration import Calibration
+from layercut.checkpoint import Tensor
+from layercut.ends import find_ends
 from layercut.errors import LayercutError, RecipeError
-from layercut.layout import layer_tensors
+from layercut.header import ITEM_BITS
+from layercut.layout import FLOATS, layer_tensors
 from layercut.metrics import Metric
 from layercut.operations import Wish
 from layercut.plan import Candidate, Choice, Measurement
-from layercut.recipe import Recipe
+from layercut.recipe import DTYPES, Recipe
 from layercut.seams import Prices
 from layercut.selectors import count_of
 from layercut.stack import Block, LayerRef, Stack, runs
@@ -27,6 +30,9 @@ OUTPUTS = re.compile(
     r"(^|\.)(o_proj|out_proj|c_proj|wo|down_proj|fc2|fc_out|w2|dense_4h_to_h|(self_)?attention\.dense|self_attn\.dense|attn\.dense)(\.\w+)?$"
 )
 
+# Budgets that bound a weight, and its unit.
+UNITS = {"params": "parameters", "size": "bytes"}
+
 
 class Evidence:
     """Measures once, when first asked, and keeps what was decided with it."""
@@ -37,7 +43,9 @@ class Evidence:
         self.notes: list[str] = []
         self.measurement: Measurement | None = None
         self._measure = measure
-        self._weights: dict[str, Weights] = {}
+        self._layers: dict[str, Mapping[int, tuple[Tensor, ...]]] = {}
+        self._weights: dict[tuple[str, int], Weight] = {}
+        self._ends: dict[tuple[str, str], Weight] = {}
 
     @property
     def depths(self) -> dict[str, int]:
@@ -56,37 +64,42 @@ class Evidence:
         text = chosen or "slices " + " + ".join(str(run) for run in runs(stack))
         self.choices.append(Choice(where=where, metric=prices.metric, chosen=text, cost=prices.cost(stack).value, candidates=candidates))
 
-    def weights(self, alias: str) -> Weights:
-        """Sizes of a model's layers, and of the rest of it."""
-        if alias not in self._weights:
-            self._weights[alias] = weigh(self.members[alias])
-        return self._weights[alias]
+    def layers(self, alias: str) -> Mapping[int, tuple[Tensor, ...]]:
+        """The tensors of every layer of a model."""
+        if alias not in self._layers:
+            self._layers[alias] = layer_tensors(*self.members[alias])
+        return self._layers[alias]
+
+    def weight(self, stack: Stack) -> Weight:
+        """What a stack weighs as it would be written, with what stands before and behind it. What is tied counts once."""
+        first, last = stack[0].model, stack[-1].model
+        wanted = [(layer.model, layer.index) for layer in stack if layer.fitted is None]
+        if wanted == [(first, index) for index in range(self.depths[first])]:  # it keeps its multi-token-prediction layers
+            wanted += [(first, index) for index in self.layers(first) if index >= len(stack)]
+        if (first, last) not in self._ends:
+            ends = find_ends(self.members, first, first, last)
+            self._ends[first, last] = self._weigh(part.tensor for part in (*ends.before, *ends.behind))
+        for model, index in wanted:
+            if (model, index) not in self._weights:
+                self._weights[model, index] = self._weigh(self.layers(model)[index])
+        found = [self._ends[first, last], *(self._weights[place] for place in wanted)]
+        return Weight(sum(weight.params for weight in found), sum(weight.size for weight in found))
+
+    def _weigh(self, tensors: Iterable[Tensor]) -> Weight:
+        write = self.recipe.out_dtype or self.recipe.dtype
+        params = size = 0
+        for tensor in tensors:
+            count = prod(tensor.shape)
+            params += count
+            size += tensor.nbytes if write is None or tensor.dtype not in FLOATS else count * ITEM_BITS[DTYPES[write]] // 8
+        return Weight(params, size)
 
 
 class Weight(NamedTuple):
     """Parameters and bytes."""
 
-    parameters: int
-    bytes: int
-
-
-class Weights(NamedTuple):
-    """What the layers of a model weigh, and all that stands outside them."""
-
-    layers: Mapping[int, Weight]
-    outside: Weight
-
-
-def weigh(member: Member) -> Weights:
-    """Weigh a model by its tensors; what is tied is in the file, and counts, once."""
-    layers = {
-        index: Weight(sum(prod(t.shape) for t in tensors), sum(t.nbytes for t in tensors))
-        for index, tensors in layer_tensors(*member).items()
-    }  # fmt: skip
-    tensors = member.checkpoint.tensors.values()
-    whole = Weight(sum(prod(t.shape) for t in tensors), sum(t.nbytes for t in tensors))
-    inside = [sum(weight[place] for weight in layers.values()) for place in (0, 1)]
-    return Weights(layers, Weight(whole.parameters - inside[0], whole.bytes - inside[1]))
+    params: int
+    size: int
 
 
 class StepSite:
@@ -99,68 +112,69 @@ class StepSite:
         return RecipeError(message, where=self.evidence.recipe.where(*self.path, *path), hint=hint)
 
     def tensors(self, layer: LayerRef) -> tuple[str, ...]:
-        checkpoint, stack = self.evidence.members[layer.model]
-        return tuple(t.name for t in layer_tensors(checkpoint, stack)[layer.index])
+        return () if layer.fitted is not None else tuple(t.name for t in self.evidence.layers(layer.model)[layer.index])
 
     def outputs(self, layer: LayerRef) -> tuple[str, ...]:
-        found = tuple(name for name in self.tensors(layer) if OUTPUTS.search(name.removesuffix(".weight").removesuffix(".bias")))
-        if not found:
-            raise self.error(f"layer {layer.index}: no tensor is known to write to the residual stream")
-        return found
+        return tuple(name for name in self.tensors(layer) if OUTPUTS.search(name.removesuffix(".weight").removesuffix(".bias")))
 
     def choose(self, wish: Wish) -> tuple[Block, ...]:
-        (key, value), strategy = next(iter(wish.budget.items())), STRATEGIES[wish.strategy]
-        best: tuple[Block, ...] | None = None
+        ((key, value),) = wish.budget.items()
         task = Task(wish.stack, 0, wish.build, wish.verb == "repeat", wish.protect)
-        counts = list(self._counts(key, value, task, wish))  # a number that cannot be is told before anything is measured
+        if key in UNITS and self._amount(key, wish.stack) <= value:
+            self.evidence.notes.append(f"{self._name}: the model has {self._amount(key, wish.stack):,} {UNITS[key]}: nothing is removed")
+            return ()
+        counts = self._counts(key, value, task, wish)  # a number that cannot be is told before anything is measured
         prices = self.evidence.prices(wish.metric)
+        nearest: tuple[Block, ...] = ()
         for count in counts:
-            blocks = strategy.choose(replace(task, count=count), prices)
-            if blocks is None:
-                if key == "layers":
-                    raise self._too_many(count, task, wish)
-                continue
-            if self._within(key, value, wish.build(blocks), prices):
-                best = blocks
-                break
-        if best is None:
-            raise self.error(f"{key} {value} cannot be reached: {len(wish.stack)} layers are not enough", key)
-        self._keep(wish, best, prices)
-        return best
-
-    def _counts(self, key: str, value: object, task: Task, wish: Wish) -> Iterator[int]:
-        """Numbers of layers to try: the one that is asked for, the least that is small enough, or the most that is near enough."""
-        if key == "layers":
-            assert isinstance(value, int | str)
-            count = count_of(value, len(task.stack), self)
-            if count > task.longest:
+            blocks = STRATEGIES[wish.strategy].choose(replace(task, count=count), prices)
+            if blocks is None and key == "layers":
                 raise self._too_many(count, task, wish)
-            yield count
-        elif key == "max_distance":
-            yield from range(task.longest, 0, -1)
-        else:
-            yield from range(1, task.longest + 1)
+            nearest = nearest if blocks is None else blocks
+            if blocks is not None and self._within(key, value, wish.build(blocks), prices):
+                self._keep(wish, blocks, prices)
+                return blocks
+        raise self._out_of_reach(key, value, wish, nearest, prices)
 
-    def _within(self, key: str, value: object, stack: Stack, prices: Prices) -> bool:
-        """Whether a stack keeps the budget."""
-        if key == "layers":
-            return True
-        assert isinstance(value, int | float)
+    @property
+    def _name(self) -> str:
+        return ".".join(map(str, self.path))
+
+    def _amount(self, key: str, stack: Stack) -> int:
+        weight = self.evidence.weight(stack)
+        return weight.params if key == "params" else weight.size
+
+    def _counts(self, key: str, value: Any, task: Task, wish: Wish) -> Sequence[int]:
+        """Numbers of layers to try: the one that is asked for, the least that is small enough, or the most that is near enough."""
+        if key in UNITS:
+            return range(1, task.longest + 1)
         if key == "max_distance":
-            return prices.cost(stack).value <= value
-        place = 0 if key == "params" else 1
-        donors = dict.fromkeys((stack[0].model, stack[-1].model))
-        outside = max(self.evidence.weights(alias).outside[place] for alias in donors)
-        return outside + sum(self.evidence.weights(layer.model).layers[layer.index][place] for layer in stack) <= value
+            return range(task.longest, 0, -1)
+        count = count_of(value, len(task.stack), self)
+        if count > task.longest:
+            raise self._too_many(count, task, wish)
+        return (count,)
+
+    def _within(self, key: str, value: Any, stack: Stack, prices: Prices) -> bool:
+        """Whether a stack keeps the budget."""
+        if key in UNITS:
+            return bool(self._amount(key, stack) <= value)
+        return key == "layers" or bool(prices.cost(stack).value <= value)
 
     def _too_many(self, count: int, task: Task, wish: Wish) -> LayercutError:
-        verb = {"remove": "remove", "repeat": "repeat", "replace": "replace"}[wish.verb]
-        protected = f", {len(task.protect)} of them protected" if task.protect else ""
         hint = f"at most {task.longest}" if count > task.longest else "strategy blocks takes layers that are not consecutive"
-        return self.error(f"cannot {verb} {count} of {len(task.stack)} layers{protected}", "layers", hint=hint)
+        return self.error(f"cannot {wish.verb} {count} of {len(wish.stack)} layers{_protected(wish)}", "layers", hint=hint)
+
+    def _out_of_reach(self, key: str, value: Any, wish: Wish, nearest: tuple[Block, ...], prices: Prices) -> LayercutError:
+        """What is said of a budget; `nearest` is the choice that came closest to it."""
+        depth, count = len(wish.stack), sum(block.stop - block.start for block in nearest)
+        if key in UNITS:
+            least = f"{self._amount(key, wish.build(nearest)):,} are left when {count} of {depth} layers are removed"
+            return self.error(f"cannot come down to {value:,} {UNITS[key]}: {least}{_protected(wish)}", key)
+        hint = f"the least is {prices.cost(wish.build(nearest)).value:.6g}" if count else None
+        return self.error(f"no layer of {depth}{_protected(wish)} can be removed within a distance of {value:g}", key, hint=hint)
 
     def _keep(self, wish: Wish, blocks: tuple[Block, ...], prices: Prices) -> None:
-        where = ".".join(map(str, self.path))
         count = sum(block.stop - block.start for block in blocks)
         task = Task(wish.stack, count, wish.build, wish.verb == "repeat", wish.protect)
         candidates: list[Candidate] = []
@@ -169,8 +183,11 @@ class StepSite:
                 cost = prices.cost(wish.build([Block(start, start + count)]))
                 candidates.append(Candidate(start=start, stop=start + count, cost=cost.value, stderr=cost.stderr))
         if wish.strategy == "deepest":
-            self.evidence.notes.append(
-                f"{where}: cutting the deepest layers needs healing (training after the cut); distance did not decide"
-            )
+            why = "cutting the deepest layers needs healing (training after the cut); distance did not decide"
+            self.evidence.notes.append(f"{self._name}: {why}")
         named = " + ".join(f"[{block.start}, {block.stop})" for block in blocks)
-        self.evidence.note(where, wish.metric, wish.build(blocks), tuple(candidates), f"{wish.verb} layers {named}")
+        self.evidence.note(self._name, wish.metric, wish.build(blocks), tuple(candidates), f"{wish.verb} layers {named}")
+
+
+def _protected(wish: Wish) -> str:
+    return f", {len(wish.protect)} of them protected" if wish.protect else ""

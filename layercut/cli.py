@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from layercut import api, display
+from layercut import api, display, gallery
 from layercut.architecture import find_stack
 from layercut.errors import LayercutError, OutputError
 from layercut.recipe import Recipe
@@ -116,6 +116,24 @@ def verify(folder: str, no_load: bool, as_json: bool) -> None:
     if not result.ok:
         failed = [c.name for c in result.checks if not c.ok]
         raise LayercutError(f"{len(failed)} of {len(result.checks)} checks failed: {', '.join(failed)}", where=folder)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@as_json
+def new(name: str | None, as_json: bool) -> None:
+    """Print a starter recipe, to save as a file of your own; without a name, the gallery."""
+    if name is not None:
+        found = gallery.starter(name)
+        click.echo(_dumps(found._asdict()) if as_json else found.text, nl=as_json)
+        return
+    listed = gallery.starters()
+    if as_json:
+        click.echo(_dumps([{"name": one.name, "group": one.group, "summary": one.summary} for one in listed]))
+        return
+    for line in display.columns([(one.name, one.summary) for one in listed], indent=""):
+        click.echo(line)
+    click.echo("to begin with one: layercut new NAME > NAME.yaml", err=True)
 
 
 @cli.command()

@@ -20,7 +20,7 @@ HARMLESS = (
     "tie_word_embeddings", "output_attentions", "output_hidden_states", "return_dict", "problem_type",
     "task_specific_params",
     "gradient_checkpointing",
-    "vocab_size", "max_position_embeddings", "n_positions", "n_ctx", "_attn_implementation", "quantization_config",
+    "vocab_size", "max_position_embeddings", "n_positions", "n_ctx", "_attn_implementation",
 )  # fmt: skip
 # What an absent key means, where classes agree on it.
 ABSENT: Mapping[str, Any] = {
@@ -30,6 +30,7 @@ ABSENT: Mapping[str, Any] = {
     "use_sliding_window": False,
     "hidden_act": "silu",
 }
+TRAINED = "original_max_position_embeddings"
 ROPE = (
     "rope_theta",
     "rope_scaling",
@@ -37,7 +38,7 @@ ROPE = (
     "partial_rotary_factor",
     "rotary_pct",
     "rotary_emb_base",
-    "original_max_position_embeddings",
+    TRAINED,
 )
 # Files that define how text becomes ids: the first that both models have is compared.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -96,18 +97,24 @@ def _shapes(donor: Member, member: Member) -> Iterator[Difference]:
     for name in sorted(shapes[0].keys() & shapes[1].keys()):
         if not shapes[0][name] & shapes[1][name]:
             yield Difference(f"the shape of layer tensor {name}", list(min(shapes[0][name])), list(min(shapes[1][name])))
+    if donor.stack.prefix != member.stack.prefix:
+        yield Difference("the name of layers", f"{donor.stack.prefix}*", f"{member.stack.prefix}*")
     if not shapes[0].keys() & shapes[1].keys():
         yield Difference("the name of layer tensors", min(shapes[0], default=""), min(shapes[1], default=""))
 
 
 def _configs(donor: Member, member: Member) -> Iterator[Difference]:
     """Values of the configs that change what a layer computes."""
-    mine, theirs = (config_node(m.checkpoint.config, m.stack.node) for m in (donor, member))
-    known = {*HARMLESS, *ROPE, *RULES, *DEPTH_KEYS, *MTP_KEYS}
+    sides = [(config_node(m.checkpoint.config, m.stack.node), m) for m in (donor, member)]
+    mine, theirs = (node for node, _ in sides)
+    known = {*HARMLESS, *ROPE, *DEPTH_KEYS, *MTP_KEYS}
     for key in sorted((mine.keys() | theirs.keys()) - known):
-        pair = [_value(node, key) for node in (mine, theirs)]
+        if any(rule.decode(node.get(key), m.stack.depth) is not None for rule in RULES.get(key, ()) for node, m in sides):
+            continue  # surgery gathers what is said of single layers
+        pair = [_value(node, key) for node, _ in sides]
         if pair[0] != pair[1]:
-            yield Difference(f"config {key}", *pair)
+            shown = [MISSING if key not in node and value is None else value for (node, _), value in zip(sides, pair, strict=True)]
+            yield Difference(f"config {key}", *shown)
     ropes = [_rope(node) for node in (mine, theirs)]
     if ropes[0] != ropes[1]:
         yield Difference("rope", *ropes)
@@ -117,7 +124,7 @@ def _value(node: Mapping[str, Any], key: str) -> Any:
     if key in node:
         value = node[key]
     elif key == "num_key_value_heads":
-        value = node.get("num_attention_heads", MISSING)
+        value = node.get("num_attention_heads")
     elif key == "head_dim" and isinstance(node.get("hidden_size"), int) and isinstance(node.get("num_attention_heads"), int):
         value = node["hidden_size"] // max(1, node["num_attention_heads"])
     else:
@@ -135,8 +142,12 @@ def _rope(node: Mapping[str, Any]) -> dict[str, Any]:
         found["rope_type"] = kind
     found.setdefault("rope_theta", node.get("rope_theta", node.get("rotary_emb_base", 10000.0)))
     for key in ("partial_rotary_factor", "rotary_pct"):
-        if node.get(key) not in (None, 1.0):
+        if node.get(key) is not None:
             found.setdefault("partial_rotary_factor", node[key])
+    if found.get("partial_rotary_factor") == 1:
+        del found["partial_rotary_factor"]
+    if "rope_type" in found and node.get(TRAINED) is not None:
+        found.setdefault(TRAINED, node[TRAINED])
     return dict(sorted(found.items()))
 
 
@@ -171,17 +182,22 @@ def _fast_vocabulary(text: bytes) -> dict[str, int] | None:
         data = json.loads(text)
         vocabulary = data["model"]["vocab"]
         table = dict(vocabulary) if isinstance(vocabulary, dict) else {entry[0]: number for number, entry in enumerate(vocabulary)}
-        return {**table, **{added["content"]: added["id"] for added in data.get("added_tokens") or []}}
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return _checked({**table, **{added["content"]: added["id"] for added in data.get("added_tokens") or []}})
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
 
 
 def _plain_vocabulary(text: bytes) -> dict[str, int] | None:
     try:
-        table = json.loads(text)
+        return _checked(json.loads(text))
     except (ValueError, RecursionError):
         return None
-    return table if isinstance(table, dict) else None
+
+
+def _checked(table: Any) -> dict[str, int] | None:
+    """A table of tokens and ids, or None for anything else."""
+    fits = isinstance(table, dict) and all(isinstance(token, str) and isinstance(number, int) for token, number in table.items())
+    return table if fits else None
 
 
 READERS: Mapping[str, Callable[[bytes], dict[str, int] | None]] = {"tokenizer.json": _fast_vocabulary, "vocab.json": _plain_vocabulary}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from layercut.architecture import LayerStack, Member, config_node
 from layercut.checkpoint import Checkpoint, Tensor
+from layercut.errors import RefusedError
 from layercut.plan import Edit
 
 # Words in the name of a tensor outside the stack that put it behind the last layer: final norm and heads.
@@ -18,6 +19,7 @@ EMBEDDING = re.compile(r"(^|[._])(embeddings|embed|wte|wpe)[._]")
 # The token embeddings and the head that may be tied to them.
 TOKENS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embeddings?)\.weight$")
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+TIE = "tie_word_embeddings"
 
 
 class Outside(NamedTuple):
@@ -48,29 +50,47 @@ def find_ends(members: Mapping[str, Member], donor: str, first: str, last: str) 
     """What stands before the stack comes from the model of its first layer, what stands behind it from the model of its last.
 
     A head that is tied to the embeddings is not in the file. Where the two models differ in that, the head that the last
-    model uses is written out, and the config says that it is not tied.
+    model uses is written out, and the config, which is that of `donor`, says that it is not tied. Raises RefusedError when
+    that config describes tensors of other shapes.
     """
     before = tuple(Outside(tensor.name, tensor, first) for tensor in outside(*members[first])[0])
     behind = tuple(Outside(tensor.name, tensor, last) for tensor in outside(*members[last])[1])
-    if first == last:
-        return Ends(before, behind)
     heads = {alias: _only(members[alias].checkpoint, HEAD) for alias in (first, last)}
-    own = _only(members[last].checkpoint, TOKENS)
-    notes: tuple[str, ...] = ()
-    if heads[last] is None and heads[first] is None:
-        notes = (f"head and embeddings stay tied: both come from '{first}'",)
-    elif heads[last] is None and own is not None:
-        name = heads[first]
-        assert name is not None
+    own, name = _only(members[last].checkpoint, TOKENS), heads[first]
+    if first != last and heads[last] is None and name is not None and own is not None:
         behind = (*behind, Outside(name.name, own, last))
-    node = config_node(members[donor].checkpoint.config, members[donor].stack.node)
-    tied = node.get("tie_word_embeddings", _only(members[donor].checkpoint, HEAD) is None)
     written = any(HEAD.search(part.name) for part in behind)
-    if written and tied:
-        key = ".".join((*members[donor].stack.node, "tie_word_embeddings"))
-        reason = f"the head of '{last}' is not the embeddings of '{first}'"
-        return Ends(before, behind, (Edit(key=key, before=node.get("tie_word_embeddings"), after=False, reason=reason),), notes)
-    return Ends(before, behind, (), notes)
+    tied = is_tied(members[last]) and (first == last or not written)
+    _check_shapes(members[donor].checkpoint, donor, (*before, *behind))
+    notes = (f"head and embeddings stay tied: both come from '{first}'",) if tied and first != last else ()
+    if tied == is_tied(members[donor]):
+        return Ends(before, behind, (), notes)
+    of_whom = "other embeddings" if first == last else f"the embeddings of '{first}'"
+    reason = f"the head of '{last}' is its embeddings" if tied else f"the head of '{last}' is not {of_whom}"
+    return Ends(before, behind, (_tie(members[donor], tied, reason),), notes)
+
+
+def is_tied(member: Member) -> bool:
+    """Whether a model's head is its embeddings: as its config says or, when it does not say, as its file shows."""
+    config = member.checkpoint.config
+    node = config_node(config, member.stack.node)
+    return bool(node.get(TIE, config.get(TIE, _only(member.checkpoint, HEAD) is None)))
+
+
+def _tie(donor: Member, tied: bool, reason: str) -> Edit:
+    """The edit of the config, where it speaks of ties already or else beside the depth."""
+    config, node = donor.checkpoint.config, donor.stack.node
+    path = () if TIE not in config_node(config, node) and TIE in config else node
+    return Edit(key=".".join((*path, TIE)), before=config_node(config, path).get(TIE), after=tied, reason=reason)
+
+
+def _check_shapes(donor: Checkpoint, alias: str, parts: Sequence[Outside]) -> None:
+    """Refuse tensors that would not load under the config of the donor, such as those of another vocabulary."""
+    for part in parts:
+        mine = donor.tensors.get(part.name) or (_only(donor, TOKENS) if HEAD.search(part.name) else None)
+        if mine is not None and mine.shape != part.tensor.shape:
+            found = f"the shape of {part.name} is {list(mine.shape)} in one and {list(part.tensor.shape)} in the other"
+            raise RefusedError(f"'{alias}' and '{part.model}' do not fit together: {found}")
 
 
 def _only(checkpoint: Checkpoint, pattern: re.Pattern[str]) -> Tensor | None:

@@ -7,22 +7,18 @@ every quantised type.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
-import json
 import logging
 import math
 import os
-import shutil
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from layercut.checkpoint import open_checkpoint
+from layercut.conversions import announce, converted
 from layercut.errors import CheckpointError
 
 NEEDED = ("torch", "transformers", "accelerate", "gguf")
@@ -30,8 +26,6 @@ NEEDED = ("torch", "transformers", "accelerate", "gguf")
 
 STRETCHED_ROPE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that change the rotary embedding (Llama 3.1, Phi 3), which transformers passes over: the model would compute something else."""
-
-BLOCK = 1 << 22
 
 
 class Contents(NamedTuple):
@@ -46,95 +40,41 @@ class Contents(NamedTuple):
 def convert(path: Path, cache: Path) -> Path:
     """The folder of safetensors that a GGUF file was converted into, below `cache/gguf`; made when it is not there yet.
 
-    The folder is named after the file and the sha256 of its bytes. A file whose place, size, inode and times are known is not read
-    again. The work is done beside the folder and renamed, so that a folder is complete or does not exist. Raises CheckpointError.
+    The folder is named after the file and the sha256 of its bytes. Raises CheckpointError.
     """
     path = Path(os.path.abspath(path))  # noqa: PTH100 - the name counts, not what a link of a Hub cache points to
-    root = cache / "gguf"
-    try:
-        key = _key(path)
-        note = root / "known" / key
-        known = _recall(root, note)
-        if known is not None:
-            return known
-        _check_magic(path)
-        folder = root / f"{path.stem[:100]}-{_sha256(path)[:16]}"
-        if not folder.is_dir():
-            _convert_into(path, folder)
-            if _key(path) != key:
-                shutil.rmtree(folder)
-                raise CheckpointError("file changed while it was read", where=path)
-        _remember(folder, note)
-        return folder
-    except OSError as error:
-        raise CheckpointError(f"cannot be converted: {error.strerror or error}", where=error.filename or path) from None
-
-
-def _key(path: Path) -> str:
-    """Tells a file from another version of itself without reading it."""
-    found = path.stat()
-    parts = [str(path.resolve()), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _recall(root: Path, note: Path) -> Path | None:
-    """The folder that was made from a file before, if it is still there."""
-    if not note.is_file():
-        return None
-    name = note.read_text(encoding="utf-8")
-    folder = root / name
-    return folder if name and folder.parent == root and folder.is_dir() else None
-
-
-def _remember(folder: Path, note: Path) -> None:
-    note.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=note.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(folder.name)
-    Path(name).replace(note)
+    _check_magic(path)
+    return converted(cache / "gguf", path.stem, {path.name: path}, lambda staging, folder: _convert(path, staging, folder), path)
 
 
 def _check_magic(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError("not a GGUF file", where=path)
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise CheckpointError("not a GGUF file", where=path)
+    except OSError as error:
+        raise CheckpointError(f"cannot be converted: {error.strerror or error}", where=path) from None
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _convert_into(path: Path, folder: Path) -> None:
-    """Convert beside `folder`, check, and rename."""
+def _convert(path: Path, staging: Path, folder: Path) -> Path:
+    """Convert in `staging`, and check."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise CheckpointError("a GGUF model is converted by transformers first", where=path, hint=f"pip install {' '.join(missing)}")
     contents = _contents(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"converting {path.name} to safetensors once, into {folder}", file=sys.stderr)
-    staging = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    announce(path.name, folder)
+    target = staging / "target"
     try:
-        target = staging / "target"
-        try:
-            _transform(path, staging, target, contents.dtype)
-        except CheckpointError:
-            raise
-        except Exception as error:  # transformers raises whatever it meets
-            raise CheckpointError(f"transformers cannot convert this GGUF file: {_line(error)}", where=path) from error
-        taken = open_checkpoint(target).parameters
-        if taken != contents.elements:
-            message = f"transformers took {taken} of {contents.elements} weights of this GGUF file"
-            raise CheckpointError(message, where=path, hint="use the safetensors version of the model")
-        with contextlib.suppress(OSError):  # another process was first, with the same bytes
-            target.rename(folder)
-        if not folder.is_dir():
-            raise CheckpointError("the converted model cannot be put in its place", where=folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _transform(path, staging, target, contents.dtype)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises whatever it meets
+        raise CheckpointError(f"transformers cannot convert this GGUF file: {_line(error)}", where=path) from error
+    taken = open_checkpoint(target).parameters
+    if taken != contents.elements:
+        message = f"transformers took {taken} of {contents.elements} weights of this GGUF file"
+        raise CheckpointError(message, where=path, hint="use the safetensors version of the model")
+    return target
 
 
 def _contents(path: Path) -> Contents:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from layercut.architecture import LayerStack, Member
 from layercut.checkpoint import Checkpoint, Tensor
-from layercut.ends import Ends, outside
+from layercut.ends import Ends, Outside, outside
 from layercut.errors import RefusedError
 from layercut.header import ITEM_BITS
 from layercut.plan import LeftOut, OutputFile, Part, TensorCopy, TensorMade
@@ -60,14 +60,15 @@ class Layouter:
         `scalings` are the factors for what stands before and behind the layers. Raises RefusedError when two tensors would get
         one name, or when arithmetic is asked of a tensor that is not floating-point.
         """
-        whole = len(self.members) == 1 and [layer.index for layer in self.order] == list(range(self._stack(0).depth))
-        entries = [self._entry(part.name, (part.tensor,), (self._whole(part.model),), scalings[0]) for part in ends.before]
+        unchanged = [layer.index for layer in self.order if layer.fitted is None] == list(range(self._stack(0).depth))
+        whole = len(self.members) == 1 and unchanged
+        entries = list(self._outside(ends.before, scalings[0]))
         for position, layer in enumerate(self.order):
             entries += self._layer(layer, position)
         if whole:  # an unchanged stack keeps its multi-token-prediction layers where they are
             extra = [t for index, found in self.layers[self.order[0].model].items() if index >= len(self.order) for t in found]
             entries += [self._entry(tensor.name, (tensor,), (self._whole(self.order[0].model),), ()) for tensor in extra]
-        entries += [self._entry(part.name, (part.tensor,), (self._whole(part.model),), scalings[1]) for part in ends.behind]
+        entries += self._outside(ends.behind, scalings[1])
         twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
         if twice:
             raise RefusedError("the output would hold this tensor twice", where=twice[0])
@@ -82,27 +83,35 @@ class Layouter:
     def _whole(model: str) -> Share:
         return Share(model=model, index=0, weight=1)
 
+    def _outside(self, parts: Sequence[Outside], scalings: Groups) -> Iterator[Entry]:
+        for part in parts:
+            yield self._entry(part.name, (part.tensor,), (self._whole(part.model),), factors(scalings, part.tensor.name))
+
     def _layer(self, layer: LayerRef, position: int) -> Iterator[Entry]:
         if layer.fitted is not None:
             return
         stack = self.members[layer.model].stack
         shares = layer.shares or (Share(model=layer.model, index=layer.index, weight=1),)
         tables = [self._by_rest(share.model, share.index) for share in shares]
+        for rest in sorted({rest for table in tables for rest in table}):
+            if not all(rest in table for table in tables):
+                raise RefusedError("layers cannot be averaged when only some of them have a tensor", where=rest)
         for tensor in self.layers[layer.model][layer.index]:
             place = stack.place(tensor.name)
             assert place is not None
-            missing = next((share for share, table in zip(shares, tables, strict=True) if place.rest not in table), None)
-            if missing is not None or len({(table[place.rest].shape, table[place.rest].dtype) for table in tables}) > 1:
-                raise RefusedError(f"layers of different shape cannot be averaged: {place.rest}", where=tensor.name)
-            yield self._entry(stack.rename(place, position), [table[place.rest] for table in tables], shares, layer.scalings)
+            kinds = sorted({f"{table[place.rest].dtype} {list(table[place.rest].shape)}" for table in tables})
+            if len(kinds) > 1:
+                raise RefusedError(f"tensors of different kinds cannot be averaged: {' and '.join(kinds)}", where=tensor.name)
+            by = factors(layer.scalings, tensor.name)
+            yield self._entry(stack.rename(place, position), [table[place.rest] for table in tables], shares, by)
 
     def _by_rest(self, model: str, index: int) -> dict[str, Tensor]:
         stack = self.members[model].stack
         return {place.rest: tensor for tensor in self.layers[model][index] if (place := stack.place(tensor.name)) is not None}
 
-    def _entry(self, name: str, tensors: Sequence[Tensor], shares: Sequence[Share], scalings: Groups) -> Entry:
+    def _entry(self, name: str, tensors: Sequence[Tensor], shares: Sequence[Share], by: tuple[float, ...]) -> Entry:
         """One tensor of the output: a copy where its bytes stay what they are, else arithmetic."""
-        first, by = tensors[0], factors(scalings, tensors[0].name)
+        first = tensors[0]
         floating = first.dtype in FLOATS
         write = (self.cast.write or self.cast.compute or first.dtype) if floating else first.dtype
         compute = self.cast.compute if floating and self.cast.compute != first.dtype else None
@@ -116,7 +125,7 @@ class Layouter:
         return TensorMade(name=name, dtype=write, shape=first.shape, parts=parts, factors=by, compute=compute)
 
     def _left_out(self, ends: Ends) -> Iterator[LeftOut]:
-        kept = {(share.model, share.index) for layer in self.order for share in (layer.shares or (layer,))}
+        kept = {(share.model, share.index) for layer in self.order if layer.fitted is None for share in (layer.shares or (layer,))}
         written = {(part.model, part.tensor.name) for part in (*ends.before, *ends.behind)}
         for alias, (checkpoint, stack) in self.members.items():
             reasons = [(index, _reason(alias, index, stack, kept)) for index in self.layers[alias]]

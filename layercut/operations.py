@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
@@ -10,7 +11,7 @@ from pydantic import Field, model_validator
 from layercut.metrics import Metric, MetricSpec
 from layercut.scalings import factor, literal, matches
 from layercut.selectors import Count, Place, Selectors, positions
-from layercut.sizes import ParameterCount, Size
+from layercut.sizes import Number, ParameterCount, Size
 from layercut.stack import Block, LayerRef, Record, Scaling, Share, Stack, blocks_of
 from layercut.strategies import StrategyName
 
@@ -41,7 +42,7 @@ class Site(Place, Protocol):
         """Names, in the source, of the tensors of a layer."""
 
     def outputs(self, layer: LayerRef) -> tuple[str, ...]:
-        """Those of them that write to the residual stream."""
+        """Those of them that write to the residual stream; none when they are not known."""
 
 
 class Operation(Record):
@@ -93,6 +94,11 @@ class Chosen(Operation):
         return site.choose(Wish(verb, stack, build, budget, self.strategy, self.metric, safe))
 
 
+def _without(stack: Stack, blocks: Sequence[Block]) -> Stack:
+    gone = {position for block in blocks for position in range(block.start, block.stop)}
+    return tuple(layer for position, layer in enumerate(stack) if position not in gone)
+
+
 class Prune(Chosen):
     """Remove layers: chosen by distance within a budget, or named (`at`)."""
 
@@ -100,7 +106,7 @@ class Prune(Chosen):
     """Remove as few layers as bring the model to at most so many parameters, for example `6B`."""
     size: Size | None = None
     """Remove as few layers as bring the weights to at most so many bytes, for example `12GB`."""
-    max_distance: Annotated[float, Field(gt=0)] | None = None
+    max_distance: Annotated[Number, Field(gt=0)] | None = None
     """Remove as many layers as keep the total seam distance at or below this."""
 
     budgets: ClassVar[tuple[str, ...]] = ("layers", "params", "size", "max_distance")
@@ -114,11 +120,7 @@ class Prune(Chosen):
     )
 
     def apply(self, stack: Stack, site: Site) -> Stack:
-        def without(blocks: Sequence[Block]) -> Stack:
-            gone = {position for block in blocks for position in range(block.start, block.stop)}
-            return tuple(layer for position, layer in enumerate(stack) if position not in gone)
-
-        left = without(self.blocks("remove", stack, site, without))
+        left = _without(stack, self.blocks("remove", stack, site, partial(_without, stack)))
         if not left:
             raise site.error(f"removes all {len(stack)} layers", "at")
         return left
@@ -161,7 +163,10 @@ class Duplicate(Chosen):
 
 
 class Replace(Chosen):
-    """Replace each block of consecutive layers by one fitted map of its first state to its last."""
+    """Replace each block of consecutive layers by one fitted map of its first state to its last.
+
+    A block costs what its removal would: that is the way which the map has to make.
+    """
 
     by: Literal["linear"] = Field(alias="with")
     """What stands in for a block: a linear map."""
@@ -169,17 +174,17 @@ class Replace(Chosen):
     examples: ClassVar[tuple[str, ...]] = ("- replace: {layers: 4, with: linear}    # can be planned; the map is not fitted yet",)
 
     def apply(self, stack: Stack, site: Site) -> Stack:
-        def replaced(blocks: Sequence[Block]) -> Stack:
-            result: list[LayerRef] = []
-            done = 0
-            for block in blocks:
-                inner = stack[block.start : block.stop]
-                span = sum(layer.span for layer in inner)
-                result += [*stack[done : block.start], LayerRef(model=inner[0].model, index=inner[0].index, span=span, fitted=self.by)]
-                done = block.stop
-            return (*result, *stack[done:])
-
-        return replaced(self.blocks("replace", stack, site, replaced))
+        result: list[LayerRef] = []
+        done = 0
+        for block in self.blocks("replace", stack, site, partial(_without, stack)):
+            first, last = stack[block.start], stack[block.stop - 1]
+            span = last.index + last.span - first.index
+            if first.model != last.model or span < 1:
+                message = f"layers {block.start} to {block.stop - 1} do not lead on in one model: no map can stand in for them"
+                raise site.error(message, "layers" if self.at is None else "at")
+            result += [*stack[done : block.start], LayerRef(model=first.model, index=first.index, span=span, fitted=self.by)]
+            done = block.stop
+        return (*result, *stack[done:])
 
 
 class Expand(Operation):
@@ -209,7 +214,11 @@ class Expand(Operation):
         for position, layer in enumerate(stack):
             result.append(layer)
             if position in chosen:
-                zeros = tuple((Scaling(tensors=literal(name), by=0),) for name in site.outputs(layer))
+                outputs = site.outputs(layer)
+                if not outputs:
+                    key = "at" if self.every is None else "every"
+                    raise site.error(f"layer {position}: none of its tensors is known to write to the residual stream", key)
+                zeros = tuple((Scaling(tensors=literal(name), by=0),) for name in outputs)
                 result.append(layer.model_copy(update={"scalings": (*layer.scalings, *zeros), "identity": True}))
         return tuple(result)
 
@@ -219,14 +228,14 @@ class Merge(Operation):
 
     at: Selectors
     """Layers to average, written as for `prune`."""
-    weights: tuple[float, ...] | None = None
+    weights: tuple[Number, ...] | None = None
     """Weight of each layer, in the order written; they are divided by their sum. Equal if not set."""
 
     examples: ClassVar[tuple[str, ...]] = ("- merge: {at: [12, 13], weights: [0.5, 0.5]}",)
 
     def apply(self, stack: Stack, site: Site) -> Stack:
         chosen = positions(self.at, len(stack), site)
-        weights = self.weights or (1.0,) * len(chosen)
+        weights = (1.0,) * len(chosen) if self.weights is None else self.weights
         if len(chosen) < 2:
             raise site.error("an average needs at least two layers", "at")
         if len(weights) != len(chosen):
@@ -253,7 +262,7 @@ class Scale(Operation):
     """Layers, written as for `prune`; all if not set."""
     tensors: str = Field(min_length=1)
     """Pattern for the names that the tensors have in the source, such as `*.mlp.down_proj.weight`."""
-    by: float
+    by: Number
     """Factor."""
 
     examples: ClassVar[tuple[str, ...]] = ('- scale: {at: "10-20", tensors: "*.mlp.down_proj.weight", by: 0.7}',)
@@ -281,13 +290,16 @@ def scaled(stack: Stack, chosen: Sequence[int], scaling: Scaling, site: Site) ->
     """The stack with a factor on tensors of some layers. Raises when the pattern matches nothing."""
     result = list(stack)
     if not any(matches(scaling.tensors, name) for position in chosen for name in site.tensors(stack[position])):
-        names = sorted({name.rsplit(".", 2)[-2] for position in chosen for name in site.tensors(stack[position]) if "." in name})
-        raise site.error(f"no tensor of these layers is named '{scaling.tensors}'", "tensors", hint=f"they end in {', '.join(names[:12])}")
+        whole = [name for position in chosen for name in site.tensors(stack[position])]
+        ends = sorted({name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2] for name in whole})
+        hint = f"there are {', '.join(ends[:12])}" if ends else None
+        raise site.error(f"no tensor of these layers is named '{scaling.tensors}'", "tensors", hint=hint)
     for position in chosen:
         layer = stack[position]
         layer = layer.model_copy(update={"scalings": (*layer.scalings, (scaling,))})
-        silent = all(factor(layer, name) == 0 for name in site.outputs(layer)) if scaling.by == 0 else layer.identity
-        result[position] = layer.model_copy(update={"identity": silent})
+        outputs = site.outputs(layer) if scaling.by == 0 else ()
+        silent = bool(outputs) and all(factor(layer, name) == 0 for name in outputs)
+        result[position] = layer.model_copy(update={"identity": layer.identity or silent})
     return tuple(result)
 
 

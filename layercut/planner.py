@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from layercut.architecture import Member
 from layercut.boundaries import choose_boundaries
 from layercut.chattemplates import TEMPLATES, template_text
+from layercut.checkpoint import CONFIG
 from layercut.choices import Evidence, Measure, StepSite
 from layercut.compatibility import check_together
 from layercut.ends import Ends, find_ends
@@ -45,23 +46,26 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure) -> Plan:
     stack = _stack(recipe, evidence)
     used = {alias: members[alias] for alias in givers if any(alias in models_of(layer) for layer in stack)}
     if recipe.base_model is None and donor not in used:  # no layer of the first model was kept
-        donor = tokenizer = next(iter(used))
+        donor = next(iter(used))
+        tokenizer = _tokenizer(recipe, donor)
     described = {**used, donor: members[donor]}
     ends = find_ends(described, donor, stack[0].model, stack[-1].model)
     surgery = _surgery(recipe, donor, described, stack, ends)
     size = recipe.output.max_shard_size if recipe.output else DEFAULT_SHARD
     layout = Layouter(used, stack, _cast(recipe)).lay_out(ends, size, end_scalings(recipe))
     texts = _texts(recipe)
+    sources = {**described, tokenizer: members[tokenizer]}
+    companions = tuple(_companions(members, donor, tokenizer, texts))
     return Plan(
         version=__version__,
         recipe=recipe.described(),
         output=recipe.output.path if recipe.output else None,
-        sources={alias: _source(member) for alias, member in {**described, tokenizer: members[tokenizer]}.items()},
+        sources={alias: _source(member) for alias, member in sources.items()},
         donor=donor,
         seams=_seams(stack, evidence),
         choices=tuple(evidence.choices),
         edits=surgery.edits,
-        left_out=(*layout.left_out, *(LeftOut(model=donor, what=what, reason=why) for what, why in members[donor].checkpoint.left_out)),
+        left_out=(*layout.left_out, *_left_out(sources, used, donor, tokenizer, companions)),
         notes=(*notes, *ends.notes, *evidence.notes),
         measurement=evidence.measurement,
         actions=Actions(
@@ -69,7 +73,7 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure) -> Plan:
             config=surgery.text,
             files=layout.files,
             index=layout.index_text,
-            companions=tuple(_companions(members, donor, tokenizer, texts)),
+            companions=companions,
             texts=texts,
             pending=tuple(_pending(stack)),
         ),
@@ -159,6 +163,24 @@ def _companions(members: Mapping[str, Member], donor: str, tokenizer: str, texts
             if (alias == tokenizer if _tokenizer_file(name) else alias == donor) and name not in texts:
                 found[name] = Companion(name=name, model=alias, size=size)
     return [found[name] for name in sorted(found)]
+
+
+def _left_out(
+    sources: Mapping[str, Member], used: Collection[str], donor: str, tokenizer: str, companions: Sequence[Companion]
+) -> Iterator[LeftOut]:
+    """What does not reach the output of all that stands outside the weights that are read."""
+    taken = {(companion.model, companion.name) for companion in companions}
+    for alias, (checkpoint, _) in sources.items():
+        found = list(checkpoint.left_out)
+        if alias not in used:
+            found.append((f"all weights ({len(checkpoint.tensors)} tensors)", "no layer of this model is in the stack"))
+        if alias != donor:
+            found.append((CONFIG, f"it comes from '{donor}'"))
+        for name, _ in checkpoint.companions:
+            giver = tokenizer if _tokenizer_file(name) else donor
+            if (alias, name) not in taken:
+                found.append((name, "the recipe writes its own" if alias == giver else f"such files come from '{giver}'"))
+        yield from (LeftOut(model=alias, what=what, reason=reason) for what, reason in found)
 
 
 def _tokenizer_file(name: str) -> bool:

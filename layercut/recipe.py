@@ -208,7 +208,7 @@ class Recipe(Record):
     metrics: Annotated[tuple[MetricSpec, ...], Field(min_length=1)] | None = None
     """Metrics that are measured and reported; the first decides."""
     parameters: Parameters | None = None
-    """Factors for the tensors of all slices."""
+    """Factors for the tensors of all slices, or of the model."""
     base_model: Name | None = None
     """The model that config and companion files come from; the model of the first slice if not set."""
     tokenizer_source: Name | None = None

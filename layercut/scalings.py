@@ -10,9 +10,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from layercut.sizes import parse_number
 from layercut.stack import LayerRef, Record, Scaling
 
 Groups = tuple[tuple[Scaling, ...], ...]
+# Filters that every name passes.
+EVERY = (None, "", "*")
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -37,10 +40,13 @@ def factor(layer: LayerRef, name: str) -> float:
 
 
 def _number_or_list(value: object) -> object:
-    items = value if isinstance(value, list | tuple) else [value]
-    if not items or not all(isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item) for item in items):
+    try:
+        numbers = tuple(parse_number(item) for item in (value if isinstance(value, list | tuple) else [value]))
+    except ValueError:
+        numbers = ()
+    if not numbers:
         raise ValueError("expected a factor such as 0.5, or a list of factors that is spread over the slice")
-    return value
+    return numbers if isinstance(value, list | tuple) else numbers[0]
 
 
 Gradient = Annotated[float | tuple[float, ...], BeforeValidator(_number_or_list)]
@@ -80,8 +86,8 @@ def slice_scalings(levels: Iterable[Parameters | None], position: int, length: i
     if not settings:
         return ()
     at = position / (length - 1) if length > 1 else 1.0
-    group = tuple(Scaling(tensors=f"*{literal(s.filter)}*" if s.filter else "*", by=interpolate(s.value, at)) for s in settings)
-    return (group,)
+    group = tuple(Scaling(tensors="*" if s.filter in EVERY else f"*{literal(s.filter)}*", by=interpolate(s.value, at)) for s in settings)
+    return () if all(scaling.by == 1 for scaling in group) else (group,)
 
 
 def interpolate(value: float | tuple[float, ...], at: float) -> float:

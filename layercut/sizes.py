@@ -1,13 +1,14 @@
-"""Sizes that people write: `5GB`, `6B`. Numbers from text, and nothing else."""
+"""Numbers that people write: `5GB`, `6B`, `1e-3`. Numbers from text, and nothing else."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, StringConstraints
 
 BYTES: Mapping[str, int] = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
@@ -15,8 +16,11 @@ BYTES: Mapping[str, int] = {
 COUNTS: Mapping[str, int] = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
+AMOUNT = r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)"
+
+
 def _parse(text: object, units: Mapping[str, int], example: str) -> int:
-    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", str(text))
+    match = re.fullmatch(AMOUNT, str(text))
     if isinstance(text, bool) or match is None or match[2].upper() not in units:
         raise ValueError(f"expected {example}")
     return int(Fraction(match[1]) * units[match[2].upper()])
@@ -38,5 +42,18 @@ def parse_count(text: str | int) -> int:
     return count
 
 
-Size = Annotated[int, BeforeValidator(parse_size)]
-ParameterCount = Annotated[int, BeforeValidator(parse_count)]
+def parse_number(value: object) -> float:
+    """A finite number; text such as `1e-3`, which YAML does not take for a number, is read too."""
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError("expected a number such as 0.5")
+    return number
+
+
+Written = Annotated[str, StringConstraints(pattern=f"^{AMOUNT}$")]
+Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | Written)]
+ParameterCount = Annotated[int, BeforeValidator(parse_count, json_schema_input_type=int | Written)]
+Number = Annotated[float, BeforeValidator(parse_number)]

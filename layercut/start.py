@@ -131,13 +131,12 @@ def stack_of(recipe: Recipe, bounds: Sequence[tuple[str, int, int]]) -> Stack:
 
 def end_scalings(recipe: Recipe) -> tuple[Groups, Groups]:
     """Factors for what stands before the stack, by the first slice, and behind it, by the last."""
-    if recipe.slices is None:
-        return (), ()
-    return slice_scalings(_levels(recipe, 0), 0, 2), slice_scalings(_levels(recipe, len(recipe.slices) - 1), 0, 2)
+    last = 0 if recipe.slices is None else len(recipe.slices) - 1
+    return slice_scalings(_levels(recipe, 0), 0, 2), slice_scalings(_levels(recipe, last), 0, 2)
 
 
 def _levels(recipe: Recipe, number: int) -> list[Parameters | None]:
     if recipe.slices is None:
-        return []
+        return [recipe.parameters]
     part = recipe.slices[number]
     return [part.source.parameters, part.parameters, recipe.parameters]

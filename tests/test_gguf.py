@@ -139,7 +139,7 @@ def test_same_bytes_elsewhere_are_not_converted_again(tmp_path: Path, capfd: pyt
 def test_a_known_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "x.gguf", tensors(np.float32))
     folder = convert(path, tmp_path)
-    monkeypatch.setattr("layercut.gguf._sha256", lambda _: pytest.fail("the file was read"))
+    monkeypatch.setattr("layercut.conversions.content", lambda _: pytest.fail("the file was read"))
     assert convert(path, tmp_path) == folder
 
 
