@@ -25,12 +25,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the files beside this one, and layercut as it stands in this checkout
 
 from parity_cases import CASES, COMMON, LAYERS, MODELS, Case  # noqa: E402
-from parity_rules import Difference, Outcome, Pair, differences, explain, read_tensors, rules_text  # noqa: E402
+from parity_rules import Difference, Outcome, Pair, Source, differences, explain, read_tensors, rules_text  # noqa: E402
 
 PINS = HERE / "parity-constraints.txt"
 PACKAGES = ("mergekit", "torch", "transformers", "tqdm", "click", "pydantic", "pyyaml")
 VERSIONS = ("mergekit", "torch", "transformers", "safetensors")
-# One thread, no network, and one order of sets: mergekit picks the giver of the config out of a set.
+# One thread, no network, and as far as a seed can do it one order of sets: mergekit picks the giver of the config out of one.
 SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -111,6 +111,15 @@ def _last_error(text: str) -> str:
     return " ".join(lines[starts[-1] :]) if starts else (lines[-1] if lines else "no message")
 
 
+def sources_of(case: Case, models: Path) -> dict[str, Source]:
+    """The models that a recipe names, in the order of their first mention."""
+    places = {name: found.start() for name in MODELS if (found := re.search(rf"\b{name}\b(?!-)", case.text))}
+    return {
+        name: Source(read_tensors(models / name), json.loads((models / name / "config.json").read_text()))
+        for name in sorted(places, key=lambda name: places[name])
+    }
+
+
 def outcome(folder: Path, failure: str | None) -> Outcome:
     """What stands in an output folder."""
     config = folder / "config.json"
@@ -137,16 +146,14 @@ def fault_of(folder: Path) -> str | None:
 
 def judge(case: Case, build: Path) -> Row:
     """Run both tools on a case and compare."""
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{case.family}-{case.name}".lower()).strip("-")
-    work, models = build / "out" / slug, build / "models"
+    work, models = build / "out" / f"{CASES.index(case):02}", build / "models"
     work.mkdir(parents=True)
     (work / "recipe.yaml").write_text(case.text)
     recipe, bin = str(work / "recipe.yaml"), Path(sys.executable).parent
     theirs = run([str(bin / "mergekit-yaml"), recipe, str(work / "mergekit"), "--no-write-model-card"], models, work / "mergekit.log")
     layercut = [sys.executable, "-m", "layercut", "run", recipe, "--out", str(work / "layercut"), "--quiet"]
     ours = run(layercut, models, work / "layercut.log")
-    sources = {name: read_tensors(models / name) for name in MODELS if re.search(rf"\b{name}\b(?!-)", case.text)}
-    pair = Pair(outcome(work / "mergekit", theirs.failure), outcome(work / "layercut", ours.failure), sources)
+    pair = Pair(case, outcome(work / "mergekit", theirs.failure), outcome(work / "layercut", ours.failure), sources_of(case, models))
     found = differences(pair)
     rules, unexplained = explain(pair, found)
     names = {*pair.mergekit.tensors, *pair.layercut.tensors}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+    from parity_cases import Case
 
 Tensors = Mapping[str, "torch.Tensor"]
 DEPTHS = ("num_hidden_layers", "n_layer", "layer_types", "tie_word_embeddings")
@@ -27,12 +28,20 @@ class Outcome(NamedTuple):
     """Why the output does not load as it should, or None when it does."""
 
 
-class Pair(NamedTuple):
-    """The outcomes of both tools, and the models that the recipe names."""
+class Source(NamedTuple):
+    """A model that a recipe names."""
 
+    tensors: Tensors
+    config: Mapping[str, Any]
+
+
+class Pair(NamedTuple):
+    """The outcomes of both tools for a recipe, and the models that it names, in order."""
+
+    case: Case
     mergekit: Outcome
     layercut: Outcome
-    sources: Mapping[str, Tensors]
+    sources: Mapping[str, Source]
 
 
 class Difference(NamedTuple):
@@ -158,17 +167,19 @@ def _lost_biases(pair: Pair, difference: Difference) -> bool:
     if difference.how != "layercut only" or ours is None or not difference.what.endswith(".bias"):
         return False
     rest = re.sub(r".*\.layers\.\d+\.", "", difference.what)
-    return any(name.endswith(rest) and same_bits(tensor, ours) for source in pair.sources.values() for name, tensor in source.items())
+    return any(
+        name.endswith(rest) and same_bits(tensor, ours) for source in pair.sources.values() for name, tensor in source.tensors.items()
+    )
 
 
 def _tied_head(pair: Pair, difference: Difference) -> bool:
     """One model is tied and the other is not: layercut writes the head that the last model used, and says so in the config."""
     head = pair.layercut.tensors.get("lm_head.weight")
-    ties = {"lm_head.weight" in source for source in pair.sources.values()}
+    ties = {"lm_head.weight" in source.tensors for source in pair.sources.values()}
     if head is None or ties != {True, False} or pair.layercut.config.get("tie_word_embeddings"):
         return False
     names = ("lm_head.weight", "model.embed_tokens.weight")
-    used = any(same_bits(head, source[name]) for source in pair.sources.values() for name in names if name in source)
+    used = any(same_bits(head, source.tensors[name]) for source in pair.sources.values() for name in names if name in source.tensors)
     return used and difference.what in ("lm_head.weight", "config:tie_word_embeddings", "load:mergekit")
 
 
@@ -179,7 +190,7 @@ def _division(pair: Pair, difference: Difference) -> bool:
     theirs, ours = pair.mergekit.tensors.get(difference.what), pair.layercut.tensors.get(difference.what)
     if theirs is None or ours is None or theirs.dtype != torch.float32 or ours.shape != theirs.shape:
         return False
-    exact = any(same_bits(tensor, ours) for source in pair.sources.values() for tensor in source.values())
+    exact = any(same_bits(tensor, ours) for source in pair.sources.values() for tensor in source.tensors.values())
     return exact and bool(((theirs - ours).abs() <= 2**-22 * ours.abs()).all())
 
 
@@ -200,6 +211,21 @@ def _depth_left(pair: Pair, difference: Difference) -> bool:
     depth = (pair.mergekit.config.get("num_hidden_layers"), pair.layercut.config.get("num_hidden_layers"))
     known = difference.what in ("config:num_hidden_layers", "load:mergekit")
     return known and pair.layercut.fault is None and len(layers) == depth[1] != depth[0]
+
+
+def _dtype_name(pair: Pair, difference: Difference) -> bool:
+    theirs, ours = (str(config_value(outcome.config, "dtype")) for outcome in (pair.mergekit, pair.layercut))
+    return theirs == f"torch.{ours}" and difference.what in ("config:dtype", "load:mergekit")
+
+
+def _giver(pair: Pair, difference: Difference) -> bool:
+    """The value is that of the first model in one output, and that of another model in the other; no base_model says which."""
+    key = difference.what.removeprefix("config:")
+    if key == difference.what or "base_model:" in pair.case.text or not pair.sources:
+        return False
+    first, *others = [config_value(source.config, key) for source in pair.sources.values()]
+    theirs, ours = (config_value(outcome.config, key) for outcome in (pair.mergekit, pair.layercut))
+    return bool(ours == first and theirs in others)
 
 
 def _refused(pattern: str) -> Callable[[Pair, Difference], bool]:
@@ -239,6 +265,16 @@ RULES = (
         "depth of unknown types",
         "The depth key is found in config.json; mergekit has no entry for this type and leaves the depth of the source.",
         _depth_left,
+    ),
+    Rule(
+        "giver of the config",
+        "Without base_model the config is that of the first slice; mergekit takes one out of a set, not the same one in every run.",
+        _giver,
+    ),
+    Rule(
+        "name of the dtype",
+        "The config says float16; mergekit writes the word of the recipe, torch.float16, which transformers does not take.",
+        _dtype_name,
     ),
     Rule(
         "empty ranges",

@@ -151,6 +151,9 @@ def find_stack(checkpoint: Checkpoint) -> LayerStack:
         raise CheckpointError(
             f"several stacks of layers fit: {names}", where=place, hint="models with more than one such stack cannot be cut yet"
         )
+    more = _beyond(checkpoint, prefixes, keys)
+    if more is not None:
+        raise CheckpointError(more, where=place, hint=f"a layer that predicts further tokens is declared by {MTP_KEYS[0]}")
     seen = ", ".join(f"{prefix}* ({count})" for prefix, count in list(prefixes.items())[:6]) or "none"
     stated = ", ".join(f"{key} = {key.depth}" for key in depth_keys(checkpoint.config)) or "none"
     raise CheckpointError(f"no layers found: numbered tensors are {seen}; depth keys are {stated}", where=place)
@@ -159,8 +162,23 @@ def find_stack(checkpoint: Checkpoint) -> LayerStack:
 def _bind(config: Mapping[str, Any], count: int, keys: Iterable[DepthKey]) -> tuple[DepthKey, int] | None:
     """The depth key that explains `count` layers, and how many of them are multi-token-prediction layers."""
     for key in keys:
-        node = config_node(config, key.node)
-        extra = next((node[name] for name in MTP_KEYS if isinstance(node.get(name), int)), 0)
-        if count in (key.depth, key.depth + extra):
+        if key.depth <= count <= key.depth + mtp_layers(config_node(config, key.node)):
             return key, count - key.depth
+    return None
+
+
+def mtp_layers(node: Mapping[str, Any]) -> int:
+    """How many multi-token-prediction layers a config node declares, wherever they are stored."""
+    return next((max(0, node[name]) for name in MTP_KEYS if type(node.get(name)) is int), 0)
+
+
+def _beyond(checkpoint: Checkpoint, prefixes: Mapping[str, int], keys: Iterable[DepthKey]) -> str | None:
+    """What to say when there are more layers than config.json speaks of, or None when that is not what is wrong."""
+    for key in keys:
+        for prefix, count in prefixes.items():
+            if count > key.depth and not OTHER_STACKS.search(prefix):
+                beyond = [name for name in checkpoint.tensors if name.startswith(f"{prefix}{key.depth}.")]
+                declared = mtp_layers(config_node(checkpoint.config, key.node))
+                last = f"layer {key.depth} holds {beyond[0]}" + (f" and {len(beyond) - 1} more" if len(beyond) > 1 else "")
+                return f"{prefix}* holds {count} layers, but {key} is {key.depth} and {MTP_KEYS[0]} {declared or 'is not set'}: {last}"
     return None

@@ -5,7 +5,7 @@ Every operation is elementwise and rounds the same way on every machine, so piec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import nan, prod
 from pathlib import Path
 from types import MappingProxyType
@@ -35,8 +35,18 @@ def write_made(
     been checked. Raises OutputError when finite weights overflow, CheckpointError when a source cannot be read, and OSError when
     the target cannot be written.
     """
-    if not made.parts:
-        _write_zeros(made.nbytes, target, offset, advance)
+    for data in made_pieces(made, folders, opened):
+        write_at(target, data, offset)
+        offset += len(data)
+        advance(len(data))
+
+
+def made_pieces(made: TensorMade, folders: Mapping[str, Path], opened: SourceFiles) -> Iterator[bytes | bytearray]:
+    """The bytes of one computed tensor, a piece at a time. Raises as `write_made` does, but for the target."""
+    if not made.parts:  # zeros that are written as such: a hole would take its room later, when nobody checks for it
+        zeros = bytes(min(BUFFER, made.nbytes))
+        for done in range(0, made.nbytes, BUFFER):
+            yield zeros[: made.nbytes - done]
         return
     elements = prod(made.shape)
     for first in range(0, elements, PIECE):
@@ -45,19 +55,7 @@ def write_made(
         for part in made.parts:
             width = ITEM_BITS[part.dtype] // 8
             pieces.append(opened.read(Range(folders[part.model] / part.file, part.begin + first * width, part.begin + last * width)))
-        data = _compute(made, pieces)
-        write_at(target, data, offset)
-        offset += len(data)
-        advance(len(data))
-
-
-def _write_zeros(count: int, target: int, offset: int, advance: Callable[[int], object]) -> None:
-    """Zeros that are really written: a hole would take its room later, when nobody checks for it."""
-    zeros = bytes(min(BUFFER, count))
-    for done in range(0, count, BUFFER):
-        piece = zeros[: count - done]
-        write_at(target, piece, offset + done)
-        advance(len(piece))
+        yield _compute(made, pieces)
 
 
 def _compute(made: TensorMade, pieces: Sequence[bytearray]) -> bytearray:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -19,14 +19,18 @@ from typing import Any, NamedTuple, NoReturn
 
 from layercut.errors import CheckpointError
 from layercut.header import Header, parse_json, quoted, read_header
+from layercut.smallfile import read_small
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 
-MAX_JSON = 200_000_000
-"""Bytes of config.json or of the index that are read at most."""
+MAX_CONFIG = 16_000_000
+"""Bytes of config.json that are read at most."""
+
+MAX_JSON = 50_000_000
+"""Bytes of the index that are read at most: it takes half of that for 200,000 tensors."""
 
 MAX_DEPTH = 64
 """Nesting of config.json that is taken for honest."""
@@ -130,14 +134,14 @@ def open_checkpoint(folder: Path, *, reference: str | None = None, revision: str
 def _open(folder: Path, reference: str, revision: str | None) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError("not a folder" if folder.exists() else "no such folder", where=folder)
-    config_text, config = _read_config(folder)
+    config_text, config = read_config(folder)
     weight_map = _weight_map(folder, config)
     names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
     headers = _read_headers(folder, names)
     tensors, metadata, left_out = _join(folder, headers)
     if weight_map is not None:
         _check_index(folder, weight_map, tensors)
-    companions, others = _companions(folder, {CONFIG, INDEX, *names})
+    companions, others = files_beside(folder, {CONFIG, INDEX, *names})
     return Checkpoint(
         folder=folder,
         reference=reference,
@@ -161,41 +165,46 @@ def weight_files(text: str, where: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise CheckpointError(f"weight_map of tensor {quoted(name)} is not a file name", where=where)
+    spelt: dict[str, str] = {}
     for file in sorted(set(weight_map.values())):
         if not _is_plain(file):
             raise CheckpointError(f"weight_map names {quoted(file)}, which is not a plain path inside the folder", where=where)
+        twin = spelt.setdefault(file.casefold(), file)
+        if twin != file:
+            raise CheckpointError(f"weight_map names {quoted(twin)} and {quoted(file)}, which are one file on many systems", where=where)
     return weight_map
 
 
 def _is_plain(name: str) -> bool:
     path = PurePosixPath(name)
     odd = "\\" in name or "\0" in name or ".." in path.parts or path.is_absolute() or bool(PureWindowsPath(name).drive)
-    return bool(name) and not odd and str(path) == name and name != "."
+    return bool(name) and not odd and str(path) == name and name != "." and name.isprintable()
 
 
-def read_text(path: Path, folder: Path) -> str:
+def read_text(path: Path, folder: Path, limit: int = MAX_JSON) -> str:
     """UTF-8 text of a file of the folder, newlines as they stand. Raises CheckpointError, and OSError when it cannot be read."""
     reject_escape(path, folder)
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise CheckpointError(f"{path.stat().st_size} bytes is too long for this file", where=path)
-        return path.read_bytes().decode()
+        return read_small(path, limit).decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"not UTF-8 (byte {error.start})", where=path) from None
 
 
-def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Text and data of config.json. Raises CheckpointError, and OSError when it cannot be read."""
     path = folder / CONFIG
     if not path.is_file():
         gguf = sorted(found.name for found in folder.glob("*.gguf"))
         hint = f"for a GGUF model name the file itself: {folder / gguf[0]}" if gguf else "name the folder that holds the model"
         raise CheckpointError(f"no {CONFIG} in {folder}", hint=hint)
-    text = read_text(path, folder)
+    text = read_text(path, folder, MAX_CONFIG)
     config = parse_json(text, path, infinity=True)
     if not isinstance(config, dict):
         raise CheckpointError("not a JSON object", where=path)
     layer: list[Any] = [config]
     for _ in range(MAX_DEPTH):
+        for key in (key for item in layer if isinstance(item, dict) for key in item if not key.isprintable()):
+            raise CheckpointError(f"key {quoted(key)} does not print", where=path)
         layer = [value for item in layer for value in (item.values() if isinstance(item, dict) else item) if isinstance(value, dict | list)]
         if not layer:
             return text, config
@@ -216,6 +225,9 @@ def _weight_map(folder: Path, config: Mapping[str, Any]) -> dict[str, str] | Non
             no_weights((path.name for path in folder.iterdir()), folder)
         return None
     weight_map = weight_files(read_text(index, folder), index)
+    other = next((name for name in weight_map.values() if not name.endswith(".safetensors")), None)
+    if other is not None:  # loaders go by the suffix: they would read the same bytes as a pickle
+        raise CheckpointError(f"weight_map names {quoted(other)}, which is not a .safetensors file", where=index)
     if single.exists() and SINGLE not in weight_map.values():
         weights_disagree(folder)
     return weight_map
@@ -278,13 +290,15 @@ def _join(folder: Path, headers: Mapping[str, tuple[int, Header]]) -> tuple[dict
     left_out: list[tuple[str, str]] = []
     for file, (_, header) in headers.items():
         for name, dtype, shape, begin, end in header.tensors:
+            if not name.isprintable():
+                raise CheckpointError(f"the name of tensor {quoted(name)} does not print", where=folder / file)
             if name in tensors:
                 message = f"tensor {quoted(name)} stands in {tensors[name].file} and in {file}"
                 raise CheckpointError(message, where=folder, hint="loaders disagree on which counts: save the model again")
             tensors[name] = Tensor(name, dtype, shape, file, begin, end)
         for key, value in sorted(header.metadata.items()):
             if metadata.setdefault(key, value) != value:
-                left_out.append((f"{file}: metadata {key}", "another weight file has another value"))
+                left_out.append((f"{file}: metadata {quoted(key)[1:-1]}", "another weight file has another value"))
     if not tensors:
         raise CheckpointError("the weight files hold no tensors", where=folder)
     return tensors, metadata, left_out
@@ -316,7 +330,7 @@ def left_out_reason(name: str) -> str | None:
     return None
 
 
-def _companions(folder: Path, known: set[str]) -> tuple[list[tuple[str, int]], list[tuple[str, str]]]:
+def files_beside(folder: Path, known: set[str]) -> tuple[list[tuple[str, int]], list[tuple[str, str]]]:
     """Files that go along with their sizes, and what does not with the reason. `known` are the files that are read otherwise."""
     companions: list[tuple[str, int]] = []
     left_out: list[tuple[str, str]] = []
@@ -341,7 +355,18 @@ def _companions(folder: Path, known: set[str]) -> tuple[list[tuple[str, int]], l
                     below.append(name)
                 else:
                     companions.append((name, entry.stat().st_size))
-    return companions, left_out
+    twins = dict(_twins(sorted(name for name, _ in companions), known))
+    left_out += [(name, f"its name differs from {other} only in case: they are one file on many systems") for name, other in twins.items()]
+    return [companion for companion in companions if companion[0] not in twins], left_out
+
+
+def _twins(names: Iterable[str], known: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Names that are spelt like one before, or like one of the files that are read, but for the case."""
+    spelt = {name.casefold(): name for name in sorted(known)}
+    for name in names:
+        other = spelt.setdefault(name.casefold(), name)
+        if other != name:
+            yield name, other
 
 
 def _odd(entry: os.DirEntry[str], folder: Path) -> str | None:

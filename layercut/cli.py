@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,15 @@ import click
 
 from layercut import api, display, gallery
 from layercut.architecture import find_stack
-from layercut.errors import LayercutError, OutputError
+from layercut.errors import LayercutError, OutputError, printable
 from layercut.recipe import Recipe
+from layercut.report import REPORT, read_report
 from layercut.source import resolve
 from layercut.version import __version__
 
 DONE, INPUT, USAGE, BUG, INTERRUPTED = 0, 1, 2, 3, 130
+# Characters of a line of an error.
+LONGEST = 2000
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 overrides = click.option(
@@ -38,15 +44,17 @@ def cli() -> None:
 @click.argument("recipe", metavar="RECIPE|PLAN")
 @click.option("--out", metavar="DIR", help="Output folder, instead of the recipe's.")
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that holds something.")
+@click.option("--restart", is_flag=True, help="Throw away what a stopped run wrote, instead of going on from it.")
 @overrides
 @as_json
 @quiet
-def run(recipe: str, out: str | None, overwrite: bool, overrides: Sequence[str], as_json: bool, quiet: bool) -> None:
+def run(recipe: str, out: str | None, overwrite: bool, restart: bool, overrides: Sequence[str], as_json: bool, quiet: bool) -> None:
     """Plan, write, check and evaluate, as the recipe says."""
     loaded = api.load(recipe, overrides)
     folder = api.output_of(loaded, out)
-    report = api.run_recipe(loaded, out=folder, overwrite=overwrite, progress=not quiet)
-    click.echo(report.to_json() if as_json else display.report_text(report, folder), nl=not as_json)
+    with _terminated_as_interrupted():
+        report = api.run_recipe(loaded, out=folder, overwrite=overwrite, restart=restart, progress=not quiet)
+    _echo(_plain(report.to_json()) if as_json else display.report_text(report, folder), nl=not as_json)
 
 
 @cli.command()
@@ -63,7 +71,7 @@ def plan(recipe: str, output: str | None, overrides: Sequence[str], as_json: boo
             Path(output).write_text(made.to_json(), encoding="utf-8")
         except OSError as error:
             raise OutputError(f"cannot write the plan: {error.strerror}", where=output) from None
-    click.echo(made.to_json() if as_json else display.plan_text(made), nl=not as_json)
+    _echo(_plain(made.to_json()) if as_json else display.plan_text(made), nl=not as_json)
     if output is not None:
         click.echo(f"to do this: layercut run {output}", err=True)
 
@@ -72,10 +80,16 @@ def plan(recipe: str, output: str | None, overrides: Sequence[str], as_json: boo
 @click.argument("model")
 @as_json
 def inspect(model: str, as_json: bool) -> None:
-    """Show layers, sizes, dtypes, and what in the config depends on the layers."""
+    """Show layers, sizes, dtypes, what in the config depends on the layers, and how layercut made the model, if it did."""
     checkpoint = resolve(model)
     data = display.inspect_data(checkpoint, find_stack(checkpoint))
-    click.echo(_dumps(data) if as_json else display.inspect_text(data))
+    report = read_report(checkpoint.folder) if (checkpoint.folder / REPORT).is_file() else None
+    if as_json:
+        _echo(_dumps({**data, "report": None if report is None else report.model_dump(mode="json")}))
+        return
+    _echo(display.inspect_text(data))
+    if report is not None:
+        _echo(f"\nmade by layercut {report.version} from\n{display.report_text(report, checkpoint.folder)}")
 
 
 @cli.command("eval")
@@ -96,23 +110,25 @@ def evaluate(model: str, text: str | None, column: str | None, samples: int, max
     result = LanguageModel(resolve(model).folder).perplexity(data, progress=not quiet)
     where = f"{result.source} text, {result.windows} windows of {result.max_length}, {result.dtype}"
     line = f"perplexity {result.value:.4f} on {result.tokens} tokens ({where})"
-    click.echo(_dumps(result.model_dump(mode="json")) if as_json else line)
+    _echo(_dumps(result.model_dump(mode="json")) if as_json else line)
 
 
 @cli.command()
 @click.argument("folder", metavar="DIR")
-@click.option("--no-load", is_flag=True, help="Check structure only, without transformers.")
+@click.option("--no-contents", is_flag=True, help="Do not compare every byte with the sources.")
+@click.option("--no-load", is_flag=True, help="Do not load the model with transformers.")
 @as_json
-def verify(folder: str, no_load: bool, as_json: bool) -> None:
-    """Check an output against its own report, and against transformers."""
+@quiet
+def verify(folder: str, no_contents: bool, no_load: bool, as_json: bool, quiet: bool) -> None:
+    """Check an output against its own report, its sources, and transformers."""
     from layercut.verify import verify as check
 
-    result = check(Path(folder), load=not no_load)
+    result = check(Path(folder), load=not no_load, contents=not no_contents, progress=not quiet)
     if as_json:
-        click.echo(_dumps(result.model_dump(mode="json")))
+        _echo(_dumps(result.model_dump(mode="json")))
     else:
         for line in display.columns([("ok" if c.ok else "FAILED", c.name, c.detail) for c in result.checks], indent=""):
-            click.echo(line)
+            _echo(line)
     if not result.ok:
         failed = [c.name for c in result.checks if not c.ok]
         raise LayercutError(f"{len(failed)} of {len(result.checks)} checks failed: {', '.join(failed)}", where=folder)
@@ -125,25 +141,42 @@ def new(name: str | None, as_json: bool) -> None:
     """Print a starter recipe, to save as a file of your own; without a name, the gallery."""
     if name is not None:
         found = gallery.starter(name)
-        click.echo(_dumps(found._asdict()) if as_json else found.text, nl=as_json)
+        _echo(_dumps(found._asdict()) if as_json else found.text, nl=as_json)
         return
     listed = gallery.starters()
     if as_json:
-        click.echo(_dumps([{"name": one.name, "group": one.group, "summary": one.summary} for one in listed]))
+        _echo(_dumps([{"name": one.name, "group": one.group, "summary": one.summary} for one in listed]))
         return
     for line in display.columns([(one.name, one.summary) for one in listed], indent=""):
-        click.echo(line)
+        _echo(line)
     click.echo("to begin with one: layercut new NAME > NAME.yaml", err=True)
 
 
 @cli.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
-    click.echo(_dumps(Recipe.schema_document()))
+    _echo(_dumps(Recipe.schema_document()))
+
+
+def _echo(text: str, nl: bool = True) -> None:
+    """Text on stdout, and nothing in it that works on the terminal: names and values come from files of others."""
+    click.echo(printable(text), nl=nl)
 
 
 def _dumps(data: Any) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False)
+    return _plain(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _plain(document: str) -> str:
+    """JSON text with the same meaning in which everything prints."""
+    if document.isprintable():
+        return document
+    return "".join(sign if sign.isprintable() or sign == "\n" else json.dumps(sign)[1:-1] for sign in document)
+
+
+def _shortened(text: str) -> str:
+    """Lines without their middle where they are no lines for a person: a name may have any length."""
+    return "\n".join(line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} … {line[-300:]}" for line in text.split("\n"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,15 +185,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command(args=None if argv is None else list(argv), prog_name="layercut", standalone_mode=False)
     except LayercutError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {_shortened(str(error))}", err=True)
         return INPUT
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as error:
         error.show()
         return USAGE
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        reason = stop.__cause__ if isinstance(stop, click.Abort) and stop.__cause__ is not None else stop
+        click.echo("; ".join(["interrupted", *map(str, reason.args)]), err=True)
         return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our stdout has gone: nothing to say, and nobody to say it to
@@ -169,6 +203,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         click.echo(_bug_report(), err=True)
         return BUG
     return DONE
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, by which batch systems and shutdowns stop a run, ends it as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _bug_report() -> str:

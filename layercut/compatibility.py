@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 from layercut.architecture import DEPTH_KEYS, MTP_KEYS, Member, config_node
 from layercut.checkpoint import Checkpoint
 from layercut.errors import RefusedError
-from layercut.surgery import RULES
+from layercut.quantization import ROOTS, stripped
+from layercut.surgery import RULES, decode
 
 # Keys that say nothing about what a layer computes.
 HARMLESS = (
-    "_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map", "use_cache",
+    "_name_or_path", "_model_name_or_path", "transformers_version", "transformers.js_config", "torch_dtype", "dtype", "architectures", "auto_map", "use_cache",
     "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id",
     "pretraining_tp", "model_max_length",
     "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "layerdrop", "id2label", "label2id",
@@ -109,9 +110,9 @@ def _configs(donor: Member, member: Member) -> Iterator[Difference]:
     mine, theirs = (node for node, _ in sides)
     known = {*HARMLESS, *ROPE, *DEPTH_KEYS, *MTP_KEYS}
     for key in sorted((mine.keys() | theirs.keys()) - known):
-        if any(rule.decode(node.get(key), m.stack.depth) is not None for rule in RULES.get(key, ()) for node, m in sides):
+        if any(decode(rule, node.get(key), m.checkpoint.config, m.stack) is not None for rule in RULES.get(key, ()) for node, m in sides):
             continue  # surgery gathers what is said of single layers
-        pair = [_value(node, key) for node, _ in sides]
+        pair = [stripped(_value(node, key), m) if key in ROOTS else _value(node, key) for node, m in sides]
         if pair[0] != pair[1]:
             shown = [MISSING if key not in node and value is None else value for (node, _), value in zip(sides, pair, strict=True)]
             yield Difference(f"config {key}", *shown)

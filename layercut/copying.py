@@ -67,15 +67,19 @@ def copy_range(
     """Copy `length` bytes between two file descriptors, from `source_offset` to `target_offset`.
 
     Tries copy_file_range (which shares blocks on file systems that can), then sendfile, then pread and pwrite. `advance`
-    is called with the number of bytes after every step. The position of `target` is undefined afterwards.
+    is called with the number of bytes after every step. The position of `target` is undefined afterwards. Where both offsets
+    are at the same place in their block, whole blocks are asked for on their own, for only those can be shared.
 
     Raises CheckpointError when the source ends early, and OSError (no space, input/output error) as the system gave it.
     """
+    block = os.fstatvfs(target).f_bsize
+    alike = block > 0 and (source_offset - target_offset) % block == 0
     done = 0
     for way in (_by_copy_file_range, _by_sendfile, _by_read_and_write):
         while done < length:
             try:
-                count = way(source, target, source_offset + done, target_offset + done, min(STEP, length - done))
+                step = _step(source_offset + done, length - done, block) if alike else min(STEP, length - done)
+                count = way(source, target, source_offset + done, target_offset + done, step)
             except OSError as error:
                 if way is _by_read_and_write or error.errno not in _UNSUPPORTED:
                     raise
@@ -88,6 +92,13 @@ def copy_range(
                 advance(count)
     if done < length:
         raise CheckpointError(f"ended early: {length - done} bytes are missing from byte {source_offset + done} on")
+
+
+def _step(offset: int, rest: int, block: int) -> int:
+    """Bytes of the next step: up to the end of the block that `offset` lies in, then whole blocks, then what remains."""
+    if offset % block:
+        return min(-offset % block, rest)
+    return min(STEP, rest - rest % block) or rest
 
 
 class SourceFiles:

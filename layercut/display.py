@@ -135,7 +135,10 @@ def report_text(report: Report, folder: Path) -> str:
     rows += [("seam", seam_line(seam, several)) for seam in report.seams]
     rows.append(("parameters", change(report.parameters.before, report.parameters.after, amount)))
     rows.append(("weights", change(report.weight_bytes.before, report.weight_bytes.after, size)))
-    rows += _evaluation_rows(report.evaluation or {})
+    try:
+        rows += list(_evaluation_rows(report.evaluation or {}))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        rows.append(("evaluation", "in a form that this version does not know"))
     rows.append(("model", str(folder)))
     return "\n".join([report.sources[report.donor].reference, *columns(rows)])
 
@@ -185,7 +188,7 @@ def inspect_data(checkpoint: Checkpoint, stack: LayerStack) -> dict[str, Any]:
 
 def inspect_text(data: dict[str, Any]) -> str:
     """The same for a person."""
-    rows = [("type", str(data["model_type"])), ("folder", data["folder"])]
+    rows = [("type", " ".join(str(data["model_type"]).split())), ("folder", data["folder"])]
     if data["revision"]:
         rows.append(("revision", data["revision"]))
     rows.append(("layers", f"{data['layers']} ({data['prefix']}0 to {data['layers'] - 1})"))

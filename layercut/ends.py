@@ -15,7 +15,9 @@ from layercut.plan import Edit
 BEHIND = re.compile(
     r"(^|[._])(norm|norm_?f|ln_?f|final_\w*norm|layer_?norm|lm_head|head|embed_out|score|classifier|pooler|project_out|cls|output)([._]|$)"
 )
-EMBEDDING = re.compile(r"(^|[._])(embeddings|embed|wte|wpe)[._]")
+# Multi-token prediction in a namespace of its own: it reads the last boundary state.
+MTP = re.compile(r"(^|\.)mtp[._]")
+EMBEDDING = re.compile(r"(^|[._])(embeddings|embed(?!_out)|wte|wpe)[._]")
 # The token embeddings and the head that may be tied to them.
 TOKENS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embeddings?)\.weight$")
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
@@ -42,7 +44,7 @@ class Ends(NamedTuple):
 def outside(checkpoint: Checkpoint, stack: LayerStack) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The tensors before and behind the layers of one checkpoint, each in the order of its bytes."""
     found = [tensor for tensor in checkpoint.tensors.values() if stack.place(tensor.name) is None]
-    behind = [tensor for tensor in found if BEHIND.search(tensor.name) and not EMBEDDING.search(tensor.name)]
+    behind = [t for t in found if MTP.search(t.name) or (BEHIND.search(t.name) and not EMBEDDING.search(t.name))]
     return tuple(tensor for tensor in found if tensor not in behind), tuple(behind)
 
 

@@ -20,8 +20,8 @@ class LayercutError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        text = self.message if self.where is None else f"{self.where}: {self.message}"
-        return text if self.hint is None else f"{text}; {self.hint}"
+        text = self.message if self.where is None else f"{self.where}: {self.message}".replace("\n", "\\n", self.where.count("\n"))
+        return printable(text if self.hint is None else f"{text}; {self.hint}")
 
 
 class RecipeError(LayercutError):
@@ -42,6 +42,13 @@ class OutputError(LayercutError):
 
 class CalibrationError(LayercutError):
     """The calibration text cannot be read, is empty, or is too short for what was asked."""
+
+
+def printable(text: str) -> str:
+    """The text with everything that could work on a terminal, or cannot be encoded, spelled out; lines stay lines."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

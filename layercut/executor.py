@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
-from layercut.arithmetic import DTYPES, write_made
+from layercut.arithmetic import DTYPES
 from layercut.checkpoint import CONFIG, INDEX, Checkpoint, left_out_reason, open_checkpoint, weight_files
-from layercut.copying import Range, SourceFiles, coalesce, explained, new_file, sync, write_bytes
-from layercut.errors import CheckpointError, OutputError
+from layercut.copying import explained, sync
+from layercut.errors import CheckpointError, LayercutError, OutputError
 from layercut.header import ITEM_BITS, encode_header, parse_json, quoted
+from layercut.journal import NOTHING, Entry, Expected, Found, Identity, Journal, clear, read_journal, survey
 from layercut.plan import Actions, OutputFile, Part, Plan, TensorCopy, TensorMade
-from layercut.report import REPORT, Report, WrittenFile, file_digest, make_report, write_report
-from layercut.staging import Place, check_place, check_space, check_vacant, publish, recover, staged
+from layercut.report import REPORT, Report, WrittenFile, file_digest, make_report, read_report, write_report
+from layercut.staging import Place, check_place, check_space, check_vacant, publish, recover, resumable, settle, staged, throw_away
+from layercut.writer import Writer
 
-__all__ = ["Place", "check_plan", "check_vacant", "execute", "open_sources"]
+__all__ = ["Place", "check_plan", "check_vacant", "execute", "open_sources", "published"]
+
+KEPT = "what was written is kept, run the same command again to go on (or --restart)"
 
 
-def execute(plan: Plan, output: Path, *, overwrite: bool = False, progress: bool = True, started: float | None = None) -> Report:
+def execute(
+    plan: Plan, output: Path, *, overwrite: bool = False, restart: bool = False, progress: bool = True, started: float | None = None
+) -> Report:
     """Write the folder that `plan` describes to `output`, layercut.json included, and return its report.
 
     `started` is the time (seconds since the epoch) at which the work began, for the report; now, when None. Nothing is written
-    before every check has passed, `output` gets its name only when complete, and on any error or interrupt the staging folder
-    is removed. Raises OutputError when the output cannot be written, and CheckpointError when a source is not what the plan says.
+    before every check has passed, and `output` gets its name only when complete. An error or interrupt after the checks keeps what
+    was written, and says so; the next call with the same plan goes on from there, unless `restart` throws it away. Raises OutputError
+    when the output cannot be written, and CheckpointError when a source is not what the plan says.
     """
     began = time.time()
     try:
@@ -36,31 +46,55 @@ def execute(plan: Plan, output: Path, *, overwrite: bool = False, progress: bool
         sources = open_sources(plan)
         check_plan(plan, sources)
         check_place(place, sources)
-        check_vacant(place, overwrite)
-        headers = _headers(plan)
-        total = _total(plan, headers)
-        check_space(place, total)
+        if restart or not published(place):
+            check_vacant(place, overwrite)
+        before = _seen(plan, sources)
+        identity = Identity(plan.digest, hashlib.sha256(json.dumps(sorted(before)).encode()).hexdigest())
         with staged(place):
             recover(place)
+            if not restart and published(place, identity):
+                settle(place, overwrite)
+                return read_report(place.target)
             check_vacant(place, overwrite)
-            with _meter(total, progress) as advance:
-                _write_content(plan, sources, headers, place, advance)
-            written, parameters = _check_content(plan, headers, place)
-            now = time.time()
-            start = began if started is None else started
-            stamp = datetime.fromtimestamp(start, timezone.utc).isoformat(timespec="seconds")
-            timings: dict[str, float | str] = {"started": stamp, "seconds": round(now - start, 3), "write_seconds": round(now - began, 3)}
-            report = make_report(plan, files=written, parameters=parameters, timings=timings)
-            write_report(place.content, report)
-            publish(place, overwrite)
+            headers = _headers(plan)
+            found = _found(plan, headers, place, identity, restart)
+            with _kept_on_error(plan, sources, place, before), closing(_journal(place, identity, found)) as journal:
+                with _meter(_total(plan, headers), progress) as advance:
+                    Writer(plan, sources, headers, place, journal, found.entries).write_all(advance)
+                _check_unchanged(before, plan, sources)
+                written, parameters = _check_content(plan, headers, place)
+                timings = _timings(began, began if started is None else started)
+                report = make_report(plan, files=written, parameters=parameters, timings=timings)
+                write_report(place.content, report)
+                sync(place.content)
+                journal.record(REPORT, len(report.to_json().encode()), file_digest(place.content / REPORT).sha256)
+                publish(place, overwrite)
     except OSError as error:
         raise explained(error, error.filename or output) from error
     return report
 
 
+def published(place: Place, identity: Identity | None = None) -> bool:
+    """Whether a run (of this identity, if given) gave the output its name and was killed before it had tidied up."""
+    found = read_journal(place.journal)
+    last, report = found.entries.get(REPORT), place.target / REPORT
+    if last is None or last.digest is None or os.path.lexists(place.content) or identity not in (None, found.identity):
+        return False
+    return report.is_file() and file_digest(report).sha256 == last.digest
+
+
+def _timings(began: float, started: float) -> dict[str, float | str]:
+    now = time.time()
+    stamp = datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")
+    return {"started": stamp, "seconds": round(now - started, 3), "write_seconds": round(now - began, 3)}
+
+
 def _headers(plan: Plan) -> dict[str, bytes]:
     """Header of every weight file of the output."""
-    return {file.name: encode_header([(t.name, t.dtype, t.shape) for t in file.tensors], file.metadata) for file in plan.actions.files}
+    return {
+        file.name: encode_header([(t.name, t.dtype, t.shape) for t in file.tensors], file.metadata, file.header_size)
+        for file in plan.actions.files
+    }
 
 
 def _total(plan: Plan, headers: Mapping[str, bytes]) -> int:
@@ -189,56 +223,103 @@ def _require(holds: bool, message: str) -> None:
         raise OutputError(message, hint="make the plan again with: layercut plan RECIPE -o FILE")
 
 
-# Writing
+# What an earlier run left
 
 
-def _write_content(
-    plan: Plan, sources: Mapping[str, Checkpoint], headers: Mapping[str, bytes], place: Place, advance: Callable[[int], object]
-) -> None:
-    """All files but the report, in plan order and the index last, each on the disk before the next begins."""
+class _Seen(NamedTuple):
+    """A source file as it was found: while none of this changes, neither do its bytes."""
+
+    model: str
+    path: str
+    real: str
+    size: int
+    time: int
+    inode: int
+
+
+def _seen(plan: Plan, sources: Mapping[str, Checkpoint]) -> list[_Seen]:
+    """Every file that may be read. Raises CheckpointError when one is gone."""
+    found = []
+    for alias, checkpoint in sources.items():
+        for name in (*checkpoint.files, *(companion.name for companion in plan.actions.companions if companion.model == alias)):
+            path = checkpoint.folder / name
+            try:
+                state = path.stat()
+            except OSError as error:
+                raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
+            found.append(_Seen(alias, str(path), os.path.realpath(path), state.st_size, state.st_mtime_ns, state.st_ino))
+    return found
+
+
+def _check_unchanged(before: Sequence[_Seen], plan: Plan, sources: Mapping[str, Checkpoint]) -> None:
+    """What an earlier run copied, and what this one did, must be of the same bytes to the end."""
+    for was, now in zip(before, _seen(plan, sources), strict=True):
+        if was != now:
+            raise CheckpointError("was changed while it was copied", where=was.path, hint="run again when nothing writes to it")
+
+
+def _found(plan: Plan, headers: Mapping[str, bytes], place: Place, identity: Identity, restart: bool) -> Found:
+    """What of the staging can be kept. There must be room for the rest; what cannot be kept is thrown away. Raises OutputError."""
+    found = read_journal(place.journal)
+    unlike = identity.unlike(found.identity)
+    if unlike is None and not restart:
+        kept = survey(place.content, found.entries, _expected(plan, headers))
+        found = found._replace(entries=kept)
+    else:
+        found = NOTHING
+    sizes = {name: entry.size for name, entry in found.entries.items()}
+    check_space(place, _total(plan, headers) - sum(sizes.values()), sizes)
+    if found.identity is None:
+        if unlike is not None and not restart and place.content.is_dir() and any(place.content.iterdir()):
+            print(f"{place.staging}: what an earlier run wrote is thrown away: {unlike}", file=sys.stderr)
+        throw_away(place)
+    return found
+
+
+def _expected(plan: Plan, headers: Mapping[str, bytes]) -> dict[str, Expected]:
+    """Every file of the output but the report."""
     actions = plan.actions
-    folders = {alias: checkpoint.folder for alias, checkpoint in sources.items()}
-    with ExitStack() as stack:
-        opened = SourceFiles(stack)
-
-        def write(name: str, start: bytes, steps: Iterable[Range | TensorMade] = ()) -> None:
-            with new_file(place.content / name, place.shown / name) as target:
-                write_bytes(target, start)
-                advance(len(start))
-                position = len(start)
-                for step in steps:
-                    if isinstance(step, TensorMade):
-                        write_made(step, folders, opened, target, position, advance)
-                        position += step.nbytes
-                    else:
-                        opened.copy(step, target, position, advance)
-                        position += step.end - step.begin
-
-        write(CONFIG, actions.config.encode())
-        for file in actions.files:
-            write(file.name, headers[file.name], _steps(file.tensors, folders))
-        for companion in actions.companions:
-            write(companion.name, b"", [Range(folders[companion.model] / companion.name, 0, companion.size)])
-        for name, text in sorted(actions.texts.items()):
-            write(name, text.encode())
-        if actions.index is not None:
-            write(INDEX, actions.index.encode())
-        opened.check_unchanged()
-    for folder, _, _ in os.walk(place.content):
-        sync(Path(folder))
+    texts = {CONFIG: actions.config, **actions.texts, **({} if actions.index is None else {INDEX: actions.index})}
+    found = {name: Expected(len(text.encode())) for name, text in texts.items()}
+    found |= {companion.name: Expected(companion.size) for companion in actions.companions}
+    for file in actions.files:
+        found[file.name] = Expected(len(headers[file.name]) + sum(tensor.nbytes for tensor in file.tensors), headers[file.name])
+    return found
 
 
-def _steps(tensors: Iterable[TensorCopy | TensorMade], folders: Mapping[str, Path]) -> Iterator[Range | TensorMade]:
-    """Tensors in the order of their bytes, with copies that lie together in the source joined."""
-    copies: list[Range] = []
-    for tensor in tensors:
-        if isinstance(tensor, TensorMade):
-            yield from coalesce(copies)
-            copies.clear()
-            yield tensor
-        else:
-            copies.append(Range(folders[tensor.model] / tensor.file, tensor.begin, tensor.end))
-    yield from coalesce(copies)
+def _journal(place: Place, identity: Identity, found: Found) -> Journal:
+    """The journal, and a content folder that holds what is kept and nothing else."""
+    listed = {name for name, entry in read_journal(place.journal).entries.items() if entry != Entry(0)}
+    journal = Journal(place.journal, identity, found)
+    try:
+        for name in sorted(listed - found.entries.keys()):
+            journal.record(name, 0)  # before it is written again: half of it might pass for the whole
+        place.content.mkdir(exist_ok=True)
+        clear(place.content, found.entries.keys())
+    except BaseException:
+        journal.close()
+        raise
+    return journal
+
+
+@contextmanager
+def _kept_on_error(plan: Plan, sources: Mapping[str, Checkpoint], place: Place, before: Sequence[_Seen]) -> Iterator[None]:
+    """Says in the error that the same command goes on from what was written. Where it could not, that goes."""
+    try:
+        yield
+    except (LayercutError, OSError, KeyboardInterrupt) as error:
+        with suppress(CheckpointError):  # a source that is gone may come back
+            if _seen(plan, sources) != before:
+                place.journal.unlink(missing_ok=True)
+        if not resumable(place):
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (KEPT,)
+            raise
+        told = explained(error, error.filename or place.shown) if isinstance(error, OSError) else error
+        told.hint = KEPT if told.hint is None else f"{told.hint.removesuffix(' and run again')}; {KEPT}"
+        told.args = (str(told),)
+        raise told from (error.__cause__ if told is error else error)
 
 
 def _check_content(plan: Plan, headers: Mapping[str, bytes], place: Place) -> tuple[dict[str, WrittenFile], int]:

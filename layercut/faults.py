@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
@@ -57,6 +58,8 @@ def _line(fault: ErrorDetails, text: YamlText, root: type[BaseModel], origin: Or
     else:
         shown = ".".join(str(part) for part in text.present(origin(path)))
         message = f"{shown or 'recipe'}: {_expected(fault)}, found {_shown(fault.get('input'))}"
+        if kind == "literal_error" and isinstance(fault.get("input"), str):
+            hint = did_you_mean(fault["input"], re.findall("'([^']+)'", context["expected"]))
     where = text.where(origin(path), key=kind == "extra_forbidden" or "at" in context)
     line = str(RecipeError(message, where=where, hint=hint))
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
@@ -73,6 +76,7 @@ EXPECTED = {
     "tuple_type": "expected a list", "dict_type": "expected a mapping", "model_type": "expected a mapping",
     "model_attributes_type": "expected a mapping", "float_parsing": "expected a number", "too_short": "expected at least one entry",
     "string_too_short": "expected some text", "greater_than_equal": "expected at least {ge}", "less_than_equal": "expected at most {le}",
+    "greater_than": "expected more than {gt:g}",
 }  # fmt: skip
 
 
@@ -88,7 +92,7 @@ def _shown(value: Any) -> str:
 
 
 def _known(path: Iterable[Key], root: type[BaseModel]) -> set[str]:
-    """Keys that are known at a place of the recipe, over all forms that it can take."""
+    """Keys that are known at a place of the recipe, over all forms that it can take where the path names none of them."""
     return {field.alias or name for kind in _kinds(path, root) for name, field in kind.model_fields.items()}
 
 
@@ -101,7 +105,8 @@ def _kinds(path: Iterable[Key], root: type[BaseModel]) -> list[type[BaseModel]]:
     kinds: list[type[BaseModel]] = [root]
     for part in path:
         fields = [kind.model_fields[str(part)].annotation for kind in kinds if isinstance(part, str) and part in kind.model_fields]
-        kinds = [model for field in fields for model in _models(field)] or kinds
+        tagged = [kind for kind in kinds if any(get_args(field.annotation) == (part,) for field in kind.model_fields.values())]
+        kinds = [model for field in fields for model in _models(field)] or tagged or kinds
     return kinds
 
 

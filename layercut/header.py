@@ -12,6 +12,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
@@ -20,6 +21,9 @@ from layercut.errors import CheckpointError
 
 MAX_HEADER = 100_000_000
 """Bytes of JSON that the safetensors library reads at most."""
+
+MAX_VALUES = 1_200_000
+"""Commas and brackets in JSON that is taken for honest: 150,000 tensors in one file. Python takes 100 bytes and more for each."""
 
 MAX_ELEMENTS = 2**63
 """No tensor has as many elements, nor a dimension as long: torch counts in int64."""
@@ -36,6 +40,7 @@ ITEM_BITS: Mapping[str, int] = MappingProxyType(
 )
 """Bits of one element, for every dtype of safetensors 0.8."""
 
+PIECE = 1 << 20
 METADATA_KEY = "__metadata__"
 ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
@@ -70,7 +75,7 @@ def read_header(path: Path) -> Header:
     """
     raw, size = _read_raw(path)
     try:
-        text = raw[8:].decode()
+        text = str(memoryview(raw)[8:], "utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"header is not UTF-8 (byte {error.start + 8})", where=path) from None
     if not text.startswith("{"):
@@ -83,11 +88,11 @@ def read_header(path: Path) -> Header:
     return Header(tuple(tensors), metadata, len(raw), hashlib.sha256(raw).hexdigest())
 
 
-def encode_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def encode_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], size: int | None = None) -> bytes:
     """The first bytes of a safetensors file whose tensors (name, dtype, shape) follow in this order without holes.
 
-    The 8-byte length and the JSON, padded with spaces so that the weights start at a multiple of 8. Equal arguments give equal
-    bytes. Raises CheckpointError for a header that `read_header` would refuse.
+    The 8-byte length and the JSON, padded with spaces so that the weights start at a multiple of 8, or just at `size`. Equal
+    arguments give equal bytes. Raises CheckpointError for a header that `read_header` would refuse, or that takes more than `size`.
     """
     entries: dict[str, Any] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
     position = 0
@@ -99,13 +104,19 @@ def encode_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata:
         position = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER:
-        raise CheckpointError(f"a header of {len(text)} bytes is over the {MAX_HEADER} that safetensors allows", hint="write more shards")
+    length = len(text) if size is None else size - 8
+    if length > MAX_HEADER:
+        raise CheckpointError(f"a header of {length} bytes is over the {MAX_HEADER} that safetensors allows", hint="write more shards")
+    if length < len(text) or length % 8:
+        raise CheckpointError(f"a header of {len(text)} bytes cannot be padded to {length}")
+    text = text.ljust(length)
     return len(text).to_bytes(8, "little") + text
 
 
 def quoted(name: object) -> str:
     """A name from a hostile file, fit for one line of a terminal: quoted, escaped, and cut when it is long."""
+    if isinstance(name, str) and len(name) > 200:  # the middle goes anyway
+        name = f"{name[:100]}{name[-100:]}"
     text = repr(name)
     return text if len(text) <= 120 else f"{text[:80]}…{text[-20:]}"
 
@@ -135,6 +146,8 @@ def parse_json(text: str, where: Path, *, infinity: bool = False) -> Any:
             raise CheckpointError(f"key {quoted(count.most_common(1)[0][0])} stands {max(count.values())} times", where=where)
         return value
 
+    if sum(map(text.count, ",[{")) > MAX_VALUES:
+        raise CheckpointError(f"JSON holds more than {MAX_VALUES} values", where=where)
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_float=number)
         if "\\ud" in text or "\\uD" in text:
@@ -150,7 +163,7 @@ def parse_json(text: str, where: Path, *, infinity: bool = False) -> Any:
     return value
 
 
-def _read_raw(path: Path) -> tuple[bytes, int]:
+def _read_raw(path: Path) -> tuple[bytearray, int]:
     """Length and JSON of the header as they stand, and the size of the file."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # before open: opening a pipe waits for ever
@@ -165,15 +178,28 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
                 raise CheckpointError(message, where=path, hint="is it a safetensors file?")
             if length > size - 8:
                 _truncated(size, f"more than {length + 8}", path)
-            raw = length.to_bytes(8, "little")
-            while len(raw) < length + 8:
-                part = file.read(length + 8 - len(raw))
-                if not part:
-                    raise CheckpointError("file became shorter while it was read", where=path)
-                raw += part
-            return raw, size
+            return _read_json(file, length, path), size
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror or error}", where=path) from None
+
+
+def _read_json(file: FileIO, length: int, path: Path) -> bytearray:
+    """The length and the bytes of the JSON, given up as soon as they cannot be a header."""
+    raw = bytearray(length.to_bytes(8, "little"))
+    values = 0
+    while len(raw) < length + 8:
+        part = file.read(min(PIECE, length + 8 - len(raw)))
+        if not part:
+            raise CheckpointError("file became shorter while it was read", where=path)
+        if len(raw) == 8 and not part.startswith(b"{"):
+            raise CheckpointError("header does not start with '{'", where=path, hint="is it a safetensors file?")
+        if b"\0" in part:
+            raise CheckpointError(f"not JSON: NUL at byte {len(raw) + part.index(0)}", where=path)
+        values += sum(map(part.count, (b",", b"[", b"{")))
+        if values > MAX_VALUES:
+            raise CheckpointError(f"JSON holds more than {MAX_VALUES} values", where=path)
+        raw += part
+    return raw
 
 
 def _metadata(value: object, path: Path) -> dict[str, str]:
@@ -200,6 +226,8 @@ def _entry(name: str, value: object, data_start: int, path: Path) -> TensorEntry
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(offset) is int and offset >= 0 for offset in offsets)):
         _refuse(name, "data_offsets is not a pair of whole numbers from 0", path)
     begin, end = offsets
+    if max(offsets) >= MAX_ELEMENTS:
+        _refuse(name, "data_offsets overflow int64", path)
     if begin > end:
         _refuse(name, f"data_offsets begin at {begin}, after their end {end}", path)
     wanted = _nbytes(name, value["dtype"], shape, path)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from types import MappingProxyType
 from typing import NamedTuple
 
 from layercut.architecture import LayerStack, Member
 from layercut.checkpoint import Checkpoint, Tensor
 from layercut.ends import Ends, Outside, outside
 from layercut.errors import RefusedError
-from layercut.header import ITEM_BITS
 from layercut.plan import LeftOut, OutputFile, Part, TensorCopy, TensorMade
 from layercut.scalings import Groups, factors
+from layercut.shards import Entry, index_text, shard
 from layercut.stack import LayerRef, Share
 
-WEIGHTS = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
-Entry = TensorCopy | TensorMade
 
 
 class Cast(NamedTuple):
@@ -48,10 +46,16 @@ def layer_tensors(checkpoint: Checkpoint, stack: LayerStack) -> Mapping[int, tup
 
 
 class Layouter:
-    """Places every tensor of a stack."""
+    """Places every tensor of a stack. `blocks` are the bytes of a block of every member that the output can share blocks with."""
 
-    def __init__(self, members: Mapping[str, Member], order: Sequence[LayerRef], cast: Cast = Cast()) -> None:  # noqa: B008
-        self.members, self.order, self.cast = members, order, cast
+    def __init__(
+        self,
+        members: Mapping[str, Member],
+        order: Sequence[LayerRef],
+        cast: Cast = Cast(),  # noqa: B008
+        blocks: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self.members, self.order, self.cast, self.blocks = members, order, cast, blocks
         self.layers = {alias: layer_tensors(*member) for alias, member in members.items()}
 
     def lay_out(self, ends: Ends, max_shard_size: int, scalings: tuple[Groups, Groups] = ((), ())) -> Layout:
@@ -73,8 +77,8 @@ class Layouter:
         if twice:
             raise RefusedError("the output would hold this tensor twice", where=twice[0])
         metadata = dict(self.members[self.order[0].model].checkpoint.metadata) or {"format": "pt"}
-        files = tuple(_shard(entries, max_shard_size, metadata))
-        return Layout(files, _index(files), () if whole else tuple(self._left_out(ends)))
+        files = tuple(shard(entries, max_shard_size, metadata, self.blocks))
+        return Layout(files, index_text(files), () if whole else tuple(self._left_out(ends)))
 
     def _stack(self, position: int) -> LayerStack:
         return self.members[self.order[position].model].stack
@@ -155,36 +159,3 @@ def _reason(alias: str, index: int, stack: LayerStack, kept: set[tuple[str, int]
     if index >= stack.depth:
         return "multi-token-prediction layer: the library reads it at one fixed index only"
     return None if (alias, index) in kept else "not in the stack that the recipe asks for"
-
-
-def _shard(entries: Sequence[Entry], limit: int, metadata: dict[str, str]) -> Iterator[OutputFile]:
-    """Fill files in order up to `limit` bytes of tensors; a larger tensor gets a file of its own."""
-    groups: list[list[Entry]] = []
-    room = 0
-    for entry in entries:
-        if not groups or entry.nbytes > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(entry)
-        room -= entry.nbytes
-    for number, group in enumerate(groups, 1):
-        name = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        yield OutputFile(name=name, metadata=metadata, tensors=tuple(_aligned(group)))
-
-
-def _aligned(group: list[Entry]) -> list[Entry]:
-    """Natural order; where that would put a tensor at an address that its dtype cannot be read from, the widest dtypes come first."""
-    position = 0
-    for entry in group:
-        if position % max(1, ITEM_BITS[entry.dtype] // 8):
-            return sorted(group, key=lambda e: -ITEM_BITS[e.dtype])
-        position += entry.nbytes
-    return group
-
-
-def _index(files: Sequence[OutputFile]) -> str | None:
-    if len(files) == 1:
-        return None
-    names = {tensor.name: file.name for file in files for tensor in file.tensors}
-    size = sum(tensor.nbytes for file in files for tensor in file.tensors)
-    return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}, indent=2) + "\n"

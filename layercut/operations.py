@@ -7,10 +7,11 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from layercut.metrics import Metric, MetricSpec
 from layercut.scalings import factor, literal, matches
-from layercut.selectors import Count, Place, Selectors, positions
+from layercut.selectors import Count, Place, Selectors, check_height, positions
 from layercut.sizes import Number, ParameterCount, Size
 from layercut.stack import Block, LayerRef, Record, Scaling, Share, Stack, blocks_of
 from layercut.strategies import StrategyName
@@ -81,8 +82,10 @@ class Chosen(Operation):
                 else f"one of {', '.join(self.budgets)} (how many) or 'at' (which)"
             )
             raise ValueError(f"takes either {words}")
-        if self.at is not None and not self.model_fields_set.isdisjoint({"strategy", "metric", "protect"}):
-            raise ValueError("with 'at' nothing is chosen: strategy, metric and protect go with a budget")
+        choosing = [key for key in ("strategy", "metric", "protect") if key in self.model_fields_set]
+        if self.at is not None and choosing:
+            message = "with 'at' nothing is chosen: strategy, metric and protect go with a budget"
+            raise PydanticCustomError("chosen", message, {"at": choosing[0]})
         return self
 
     def blocks(self, verb: Verb, stack: Stack, site: Site, build: Callable[[Sequence[Block]], Stack]) -> tuple[Block, ...]:
@@ -209,7 +212,8 @@ class Expand(Operation):
     def apply(self, stack: Stack, site: Site) -> Stack:
         if self.every is not None and self.every > len(stack):
             raise site.error(f"every {self.every} layers, but the stack has {len(stack)} here", "every")
-        chosen = range(self.every - 1, len(stack), self.every) if self.every is not None else positions(self.at or (), len(stack), site)
+        every = self.every or 1
+        chosen = range(every - 1, len(stack), every) if self.at is None else positions(self.at, len(stack), site)
         result: list[LayerRef] = []
         for position, layer in enumerate(stack):
             result.append(layer)
@@ -338,4 +342,5 @@ def apply_all(stack: Stack, steps: Sequence[tuple[Operation, Site]]) -> Stack:
     """Apply operations in order."""
     for operation, site in steps:
         stack = operation.apply(stack, site)
+        check_height(len(stack), site)
     return stack

@@ -6,12 +6,12 @@ import hashlib
 import json
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
 
 from layercut.errors import LayercutError
-from layercut.header import ITEM_BITS
+from layercut.header import ITEM_BITS, MAX_ELEMENTS
 from layercut.stack import LayerRef, Record
 
 __all__ = [
@@ -37,6 +37,24 @@ __all__ = [
 ]
 
 FORMAT: Literal["layercut-plan/1"] = "layercut-plan/1"
+MAX_PLAN = 200_000_000
+"""Bytes of a plan that are read at most: one of 200,000 tensors takes half of that."""
+MAX_LAYERS = 1_000_000
+"""A layer index in the name of a tensor has six digits at most."""
+
+
+def _countable(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What `read_header` takes for a shape: a product of any such numbers is quickly had."""
+    elements = 1
+    for length in shape:
+        elements *= length
+        if not 0 <= length < MAX_ELEMENTS or elements >= MAX_ELEMENTS:
+            raise ValueError("a shape holds whole numbers from 0, and fewer than 2**63 elements")
+    return shape
+
+
+Shape = Annotated[tuple[int, ...], AfterValidator(_countable)]
+Position = Annotated[int, Field(ge=0, lt=MAX_ELEMENTS)]
 
 
 class Source(Record):
@@ -48,7 +66,7 @@ class Source(Record):
     """The local folder that holds it (absolute)."""
     revision: str | None
     """Commit of a Hub model, else null."""
-    depth: int
+    depth: Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
     """Number of layers L of the stack that is edited."""
     parameters: int
     """Number of elements in all tensors that are read from it."""
@@ -61,8 +79,8 @@ class Source(Record):
 class Distance(Record):
     """One measured distance: mean over tokens, with its standard error over samples."""
 
-    mean: float
-    stderr: float
+    mean: FiniteFloat
+    stderr: FiniteFloat
 
 
 class Seam(Record):
@@ -85,9 +103,9 @@ class Candidate(Record):
     """First position of the block, or the boundary, in the stack as the step saw it."""
     stop: int
     """One past the last position of the block."""
-    cost: float
+    cost: FiniteFloat
     """Total seam distance of the whole stack after this choice."""
-    stderr: float
+    stderr: FiniteFloat
     """Standard error of `cost`, seams taken as independent."""
 
 
@@ -100,7 +118,7 @@ class Choice(Record):
     """Label of the metric that decided."""
     chosen: str
     """What was chosen, in words: half-open, from 0."""
-    cost: float
+    cost: FiniteFloat
     """Total seam distance of the stack that was chosen."""
     candidates: tuple[Candidate, ...] = ()
     """All candidates of a one-block choice, in order of position; empty for a choice of several boundaries."""
@@ -113,8 +131,8 @@ class Table(Record):
     """Metric label, for example `angular[last]`."""
     a: str
     b: str
-    mean: tuple[tuple[float, ...], ...]
-    stderr: tuple[tuple[float, ...], ...]
+    mean: tuple[tuple[FiniteFloat, ...], ...]
+    stderr: tuple[tuple[FiniteFloat, ...], ...]
 
 
 class Measurement(Record):
@@ -151,14 +169,14 @@ class TensorCopy(Record):
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     model: str
     """Alias of the source."""
     file: str
     """Weight file inside the source folder."""
-    begin: int
+    begin: Position
     """First byte in that file (absolute, the header included)."""
-    end: int
+    end: Position
 
     @property
     def nbytes(self) -> int:
@@ -170,10 +188,10 @@ class Part(Record):
 
     model: str
     file: str
-    begin: int
-    end: int
+    begin: Position
+    end: Position
     dtype: str
-    weight: float
+    weight: FiniteFloat
 
 
 class TensorMade(Record):
@@ -185,9 +203,9 @@ class TensorMade(Record):
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     parts: tuple[Part, ...]
-    factors: tuple[float, ...] = ()
+    factors: tuple[FiniteFloat, ...] = ()
     compute: str | None = None
 
     @property
@@ -202,6 +220,8 @@ class OutputFile(Record):
     metadata: dict[str, str]
     """The `__metadata__` of the header."""
     tensors: tuple[TensorCopy | TensorMade, ...]
+    header_size: int | None = None
+    """Bytes before the first weight byte, where they are more than needed so that blocks can be shared; null: as few as needed."""
 
 
 class Companion(Record):

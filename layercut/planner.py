@@ -13,10 +13,12 @@ from layercut.choices import Evidence, Measure, StepSite
 from layercut.compatibility import check_together
 from layercut.ends import Ends, find_ends
 from layercut.errors import RecipeError, RefusedError, did_you_mean
-from layercut.layout import Cast, Layouter
+from layercut.layout import Cast, Layout, Layouter
 from layercut.operations import apply_all
 from layercut.plan import Actions, Companion, Edit, LeftOut, Plan, Seam, Source
-from layercut.recipe import DEFAULT_SHARD, DTYPES, Recipe
+from layercut.quantization import is_quantized
+from layercut.recipe import DTYPES, Recipe
+from layercut.sharing import Filesystem, Sharing
 from layercut.stack import Stack, joints, models_of
 from layercut.start import Resolve, end_scalings, find_windows, model_of, open_members, reachable_depth, stack_of
 from layercut.surgery import Surgery, operate
@@ -30,12 +32,12 @@ TOKENIZER = (
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
-def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure) -> Plan:
+def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: Sharing | None = None) -> Plan:
     """Resolve every choice that the recipe leaves open, and lay out the result down to byte ranges. Writes nothing.
 
-    `resolve` opens the models that the recipe names; `measure` is called at most once, and only when something is `auto`.
-    Raises LayercutError: RecipeError with its place when the recipe cannot be done, RefusedError when the result would load
-    but compute something else.
+    `resolve` opens the models that the recipe names; `measure` is called at most once, and only when something is `auto`; `sharing`
+    tells whether the output can share blocks with files, and moves nothing but the bounds of its own. Raises LayercutError: RecipeError
+    with its place when the recipe cannot be done, RefusedError when the result would load but compute something else.
     """
     members = open_members(recipe, resolve)
     givers = {alias: members[alias] for alias in _givers(recipe, members)}
@@ -48,14 +50,11 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure) -> Plan:
     if recipe.base_model is None and donor not in used:  # no layer of the first model was kept
         donor = next(iter(used))
         tokenizer = _tokenizer(recipe, donor)
-    described = {**used, donor: members[donor]}
-    ends = find_ends(described, donor, stack[0].model, stack[-1].model)
-    surgery = _surgery(recipe, donor, described, stack, ends)
-    size = recipe.output.max_shard_size if recipe.output else DEFAULT_SHARD
-    layout = Layouter(used, stack, _cast(recipe)).lay_out(ends, size, end_scalings(recipe))
-    texts = _texts(recipe)
-    sources = {**described, tokenizer: members[tokenizer]}
-    companions = tuple(_companions(members, donor, tokenizer, texts))
+    ends = find_ends({**used, donor: members[donor]}, donor, stack[0].model, stack[-1].model)
+    surgery = _surgery(recipe, donor, {**used, donor: members[donor]}, stack, ends)
+    layout, shared = _lay_out(recipe, used, stack, ends, sharing)
+    sources = {**used, donor: members[donor], tokenizer: members[tokenizer]}
+    companions = tuple(_companions(sources, donor, tokenizer, surgery.texts))
     return Plan(
         version=__version__,
         recipe=recipe.described(),
@@ -65,8 +64,8 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure) -> Plan:
         seams=_seams(stack, evidence),
         choices=tuple(evidence.choices),
         edits=surgery.edits,
-        left_out=(*layout.left_out, *_left_out(sources, used, donor, tokenizer, companions)),
-        notes=(*notes, *ends.notes, *evidence.notes),
+        left_out=(*layout.left_out, *_left_out(sources, used, donor, tokenizer, companions, {*surgery.texts} - {*_texts(recipe)})),
+        notes=(*notes, *ends.notes, *surgery.notes, *evidence.notes, *shared),
         measurement=evidence.measurement,
         actions=Actions(
             layers=stack,
@@ -74,10 +73,24 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure) -> Plan:
             files=layout.files,
             index=layout.index_text,
             companions=companions,
-            texts=texts,
+            texts=dict(surgery.texts),
             pending=tuple(_pending(stack)),
         ),
     )
+
+
+def _lay_out(recipe: Recipe, used: Mapping[str, Member], stack: Stack, ends: Ends, sharing: Sharing | None) -> tuple[Layout, list[str]]:
+    """The files of the output, and a note when their bounds are there so that blocks are shared with the sources."""
+    found: dict[str, Filesystem] = {}
+    if sharing is not None:
+        for alias, (checkpoint, _) in used.items():
+            filesystem = sharing([checkpoint.folder / name for name in checkpoint.files])
+            if filesystem is not None:
+                found[alias] = filesystem
+    blocks = {alias: filesystem.block for alias, filesystem in found.items()}
+    layout = Layouter(used, stack, _cast(recipe), blocks).lay_out(ends, recipe.shard_size, end_scalings(recipe))
+    padded = any(file.header_size is not None for file in layout.files)
+    return layout, [f"laid out for block sharing ({next(iter(found.values()))})"] if padded else []
 
 
 def _givers(recipe: Recipe, members: Mapping[str, Member]) -> list[str]:
@@ -125,7 +138,7 @@ def _cast(recipe: Recipe) -> Cast:
 
 
 def _surgery(recipe: Recipe, donor: str, members: Mapping[str, Member], stack: Stack, ends: Ends) -> Surgery:
-    """The config text of the donor, made to describe the stack, its ends and its dtype."""
+    """The config text of the donor, made to describe the stack, its ends and its dtype; and all other files that are written from text."""
     config = members[donor].checkpoint.config
     edits = list(ends.edits)
     dtype = recipe.out_dtype or recipe.dtype
@@ -134,9 +147,11 @@ def _surgery(recipe: Recipe, donor: str, members: Mapping[str, Member], stack: S
         edits += [
             Edit(key=key, before=config.get(key), after=dtype, reason="dtype of the recipe") for key in keys if config.get(key) != dtype
         ]
-    if dtype is not None and "quantization_config" in config:
-        raise RefusedError("a quantised checkpoint cannot be cast", where=members[donor].checkpoint.folder, hint="leave out dtype")
-    return operate(members[donor].checkpoint.config_text, donor, members, stack, tuple(edits))
+    packed = [member.checkpoint.folder for member in members.values() if is_quantized(*member)]
+    if dtype is not None and packed:
+        raise RefusedError("a quantised checkpoint cannot be cast", where=packed[0], hint="leave out dtype")
+    surgery = operate(members[donor].checkpoint.config_text, donor, members, stack, tuple(edits))
+    return surgery._replace(texts={**surgery.texts, **_texts(recipe)})
 
 
 def _texts(recipe: Recipe) -> dict[str, str]:
@@ -166,10 +181,15 @@ def _companions(members: Mapping[str, Member], donor: str, tokenizer: str, texts
 
 
 def _left_out(
-    sources: Mapping[str, Member], used: Collection[str], donor: str, tokenizer: str, companions: Sequence[Companion]
+    sources: Mapping[str, Member],
+    used: Collection[str],
+    donor: str,
+    tokenizer: str,
+    companions: Sequence[Companion],
+    edited: Collection[str],
 ) -> Iterator[LeftOut]:
-    """What does not reach the output of all that stands outside the weights that are read."""
-    taken = {(companion.model, companion.name) for companion in companions}
+    """What does not reach the output of all that stands outside the weights that are read; `edited` files of the donor do."""
+    taken = {*((companion.model, companion.name) for companion in companions), *((donor, name) for name in edited)}
     for alias, (checkpoint, _) in sources.items():
         found = list(checkpoint.left_out)
         if alias not in used:

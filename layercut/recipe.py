@@ -107,9 +107,9 @@ class Slice(Record):
     @model_validator(mode="after")
     def _constraints(self) -> Slice:
         if self.least is not None and self.most is not None and self.least > self.most:
-            raise ValueError(f"min {self.least} is more than max {self.most}")
+            raise PydanticCustomError("bounds", f"min {self.least} is more than max {self.most}", {"at": "min"})
         if self.overlap is not None and self.source.layer_range[0] != "auto":
-            raise ValueError("'overlap' goes with a start that is auto")
+            raise PydanticCustomError("overlap", "'overlap' goes with a start that is auto", {"at": "overlap"})
         return self
 
     @property
@@ -221,7 +221,7 @@ class Recipe(Record):
     """Dtype that they are written in, when arithmetic is done in another one."""
     allow: Literal["inexact"] | None = None
     """`inexact` stacks models that would load together but compute something else, and says so in plan and report."""
-    output: Annotated[Output, BeforeValidator(_as_output)] | None = None
+    output: Annotated[Output, BeforeValidator(_as_output, json_schema_input_type=Name | Output)] | None = None
     """Folder to write, or a mapping with more settings."""
     evaluate: Evaluate | None = None
     """What is measured on the source and on the result after writing."""
@@ -248,6 +248,11 @@ class Recipe(Record):
         listed: list[Metric] = [self.metric] if self.metric is not None else list(self.metrics or (Angular(),))
         listed += [metric for step in self.steps if (metric := getattr(step.operation, "metric", None)) is not None]  # type: ignore[attr-defined]
         return tuple({metric.label: metric for metric in listed}.values())
+
+    @property
+    def shard_size(self) -> int:
+        """Largest size of one weight file, in bytes."""
+        return DEFAULT_SHARD if self.output is None else self.output.max_shard_size
 
     def where(self, *path: Key, key: bool = False) -> str:
         """`file:line:column` of a value (or of its key); a dotted path when the recipe was not read from text."""

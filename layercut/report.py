@@ -10,15 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
+from layercut.checkpoint import reject_escape
 from layercut.copying import explained
 from layercut.errors import CheckpointError
+from layercut.header import quoted
 from layercut.plan import Choice, Edit, LeftOut, Measurement, Plan, Seam
+from layercut.smallfile import read_small
 from layercut.stack import LayerRef, Record, runs
 
 FORMAT: Final = "layercut-report/1"
 REPORT = "layercut.json"
+MAX_REPORT = 50_000_000
 
 # Keys that hold clocks and versions of this machine: the only ones in which two reports of equal plans differ.
 VOLATILE = ("environment", "timings")
@@ -95,6 +99,17 @@ class Report(Record):
     timings: dict[str, float | str]
     """Start (UTC) and seconds."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Report:
+        """Donor and layers are of the sources: a report may come from a file that anyone wrote."""
+        if self.donor not in self.sources:
+            raise ValueError(f"the donor {quoted(self.donor)} is no source of it")
+        for layer in self.layers:
+            for model, index in ((layer.model, layer.index), *((share.model, share.index) for share in layer.shares)):
+                if model not in self.sources or not 0 <= index < self.sources[model].depth:
+                    raise ValueError(f"layer {index} of {quoted(model)} is no layer of a source of it")
+        return self
+
     def with_evaluation(self, evaluation: Mapping[str, Any]) -> Report:
         """The same report with the results of an evaluation."""
         return self.model_copy(update={"evaluation": dict(evaluation)})
@@ -168,7 +183,8 @@ def read_report(folder: Path) -> Report:
     """Read layercut.json of an output folder. Raises CheckpointError when it is missing, damaged or of another version."""
     path = folder / REPORT
     try:
-        text = path.read_bytes()
+        reject_escape(path, folder)
+        text = read_small(path, MAX_REPORT)
     except FileNotFoundError:
         raise CheckpointError("is missing", where=path, hint="only folders that layercut wrote have one") from None
     except OSError as error:

@@ -69,10 +69,14 @@ def _as_settings(value: Any) -> Any:
     return [{"value": value}]
 
 
+Written = Gradient | Filtered | tuple[Filtered, ...]
+"""What `scale` may be written as."""
+
+
 class Parameters(Record):
     """mergekit's `parameters`: what is done to the tensors of a slice."""
 
-    scale: Annotated[tuple[Filtered, ...], BeforeValidator(_as_settings)] | None = None
+    scale: Annotated[tuple[Filtered, ...], BeforeValidator(_as_settings, json_schema_input_type=Written)] | None = None
     """A factor, a list of factors spread over the slice, or a list of {filter, value} of which the first that matches counts."""
 
 

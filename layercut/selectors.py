@@ -75,6 +75,16 @@ class Place(Protocol):
         """An error at a key below the place."""
 
 
+MAX_HEIGHT = 20_000
+"""Layers of a stack: a few lines of a recipe could ask for millions, and every tensor of each takes memory."""
+
+
+def check_height(height: int, place: Place) -> None:
+    """Refuse a stack that no machine could run."""
+    if height > MAX_HEIGHT:
+        raise place.error(f"{height} layers are too many: a stack has {MAX_HEIGHT} at most")
+
+
 def positions(at: Selectors, depth: int, place: Place, key: str = "at") -> list[int]:
     """Positions that the selectors under `key` name in a stack of `depth` layers, in the order written; each may stand once."""
     found: list[int] = []

@@ -7,7 +7,7 @@ import errno
 import glob
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from layercut.checkpoint import (
     weights_disagree,
 )
 from layercut.errors import CheckpointError
+from layercut.pickled import PICKLED, PICKLED_INDEX, holds_pickled, open_pickled, weight_names
 
 T = TypeVar("T")
 
@@ -37,24 +38,26 @@ class _Unreachable(CheckpointError):
 def resolve(reference: str, *, cache: Path | None = None) -> Checkpoint:
     """Open the model that a recipe names: a folder, a `.gguf` file, or a Hub id (`org/name`, `name`, either with `@revision`).
 
+    Pickled weights and `.gguf` files are converted once, into `cache` or else the user's cache folder.
     What is in the local Hub cache is not asked for again, not even for a newer commit of a branch. Of a repository only the weights that
     its index names, config.json and the files that go along are downloaded. Raises CheckpointError for everything that can go wrong.
     """
     if not reference or "\0" in reference:
         raise CheckpointError(f"{reference!r} names no model", hint="give a folder, a .gguf file, or a Hub id such as org/name")
+    cache = cache_folder() if cache is None else cache
     path = Path(os.path.expanduser(reference))  # noqa: PTH111 - Path.expanduser raises where there is no such user
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror or error}", where=reference) from None
     if is_folder:
-        return open_checkpoint(path, reference=reference)
+        return _open_folder(path, cache, reference)
     if path.suffix.lower() == ".gguf":
         if not is_file:
             raise CheckpointError("no such file", where=reference)
         from layercut.gguf import convert
 
-        return open_checkpoint(convert(path, cache_folder() if cache is None else cache), reference=reference)
+        return open_checkpoint(convert(path, cache), reference=reference)
     if is_file:
         raise CheckpointError("a file, not a folder", where=reference, hint="give the folder that holds config.json, or a .gguf file")
     repo, at, revision = reference.partition("@")
@@ -62,7 +65,7 @@ def resolve(reference: str, *, cache: Path | None = None) -> Checkpoint:
         raise CheckpointError("no such folder", where=reference)
     if at and not revision:
         raise CheckpointError("no revision after '@'", where=reference)
-    return _Hub(reference, repo, revision or None).open()
+    return _Hub(reference, repo, revision or None).open(cache)
 
 
 def cache_folder() -> Path:
@@ -73,13 +76,20 @@ def cache_folder() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "layercut"
 
 
+def _open_folder(folder: Path, cache: Path, reference: str, revision: str | None = None) -> Checkpoint:
+    """Open a folder of safetensors, or what its pickled weights were converted into."""
+    if holds_pickled(_there(folder)):
+        return open_pickled(folder, cache, reference=reference, revision=revision)
+    return open_checkpoint(folder, reference=reference, revision=revision)
+
+
 class _Hub:
     """One repository at one revision."""
 
     def __init__(self, reference: str, repo: str, revision: str | None) -> None:
         self.reference, self.repo, self.revision = reference, repo, revision
 
-    def open(self) -> Checkpoint:
+    def open(self, cache: Path) -> Checkpoint:
         """From the cache when it is known to hold all, else from the Hub, else from a cache that holds the weights."""
         cached = self._cached()
         names = None if cached is None else _listing(cached)
@@ -89,7 +99,7 @@ class _Hub:
             except _Unreachable:
                 if cached is None or not _holds_weights(cached):
                     raise
-        checkpoint = open_checkpoint(cached, reference=self.reference, revision=cached.name)
+        checkpoint = _open_folder(cached, cache, self.reference, cached.name)
         left_out = {what: reason for what, reason in _absent(cached, names)} | dict(checkpoint.left_out)
         return dataclasses.replace(checkpoint, left_out=tuple(sorted(left_out.items())))
 
@@ -109,7 +119,8 @@ class _Hub:
         return self._ask(look)
 
     def _holds_all(self, snapshot: Path, names: Sequence[str]) -> bool:
-        if INDEX in names and not (snapshot / INDEX).exists():
+        index = _index_of(names)
+        if index is not None and not (snapshot / index).exists():
             return False
         return all((snapshot / name).exists() for name in self._wanted(snapshot, names))
 
@@ -123,6 +134,8 @@ class _Hub:
         if names is None:
             info = self._ask(lambda: HfApi().model_info(self.repo, revision=first.name))
             names = sorted(file.rfilename for file in info.siblings or ())
+        if _index_of(names) == PICKLED_INDEX:
+            self._ask(lambda: snapshot_download(self.repo, revision=first.name, allow_patterns=[PICKLED_INDEX]))
         wanted = [glob.escape(name) for name in self._wanted(first, names)]
         return Path(self._ask(lambda: snapshot_download(self.repo, revision=first.name, allow_patterns=wanted))), names
 
@@ -133,18 +146,21 @@ class _Hub:
             raise CheckpointError(f"no {CONFIG} in the repository", where=self.reference, hint="is it a transformers model?")
         if ADAPTER in present:
             adapter_beside(self.reference)
+        index = _index_of(names)
         weights = {SINGLE}
-        if INDEX in present:
+        if holds_pickled(names):
+            weights = _pickled(snapshot, names, self.reference)
+        elif index is not None:
             weights = _indexed(snapshot)
             if SINGLE in present and SINGLE not in weights:
                 weights_disagree(self.reference)
-            missing = sorted(weights - present)
-            if missing:
-                raise CheckpointError(f"the repository lacks {missing[0]!r}, which its index names", where=self.reference)
         elif SINGLE not in present:
             no_weights(present, self.reference)
+        missing = sorted(weights - present)
+        if missing:
+            raise CheckpointError(f"the repository lacks {missing[0]!r}, which its index names", where=self.reference)
         along = {name for name in present if left_out_reason(name) is None}
-        return sorted(weights | along | ({CONFIG, INDEX} & present))
+        return sorted(weights | along | {CONFIG} | ({index} if index is not None else set()))
 
     def _ask(self, call: Callable[[], T]) -> T:
         """Call the Hub's client; whatever it raises becomes one line."""
@@ -188,6 +204,24 @@ class _Hub:
         return _Unreachable(f"the Hub answers {status}", where=self.reference, hint="try again later")
 
 
+def _there(folder: Path) -> list[str]:
+    """Which of the files that decide where the weights are a folder holds."""
+    return [name for name in (CONFIG, SINGLE, INDEX, PICKLED, PICKLED_INDEX) if os.path.exists(folder / name)]  # noqa: PTH110 - never raises
+
+
+def _index_of(names: Iterable[str]) -> str | None:
+    """The index that says which of the files are the weights, or None when there is none."""
+    present = set(names)
+    index = PICKLED_INDEX if holds_pickled(present) else INDEX
+    return index if index in present else None
+
+
+def _pickled(snapshot: Path, names: Sequence[str], where: str) -> set[str]:
+    """Pickled weight files that the index names, or the only one."""
+    path = snapshot / PICKLED_INDEX
+    return set(weight_names(names, read_text(path, snapshot) if PICKLED_INDEX in names else None, where))
+
+
 def _indexed(snapshot: Path) -> set[str]:
     """Weight files that the index names."""
     path = snapshot / INDEX
@@ -197,7 +231,12 @@ def _indexed(snapshot: Path) -> set[str]:
 def _holds_weights(snapshot: Path) -> bool:
     if not (snapshot / CONFIG).exists():
         return False
-    weights = _indexed(snapshot) if (snapshot / INDEX).exists() else {SINGLE}
+    names = _there(snapshot)
+    weights = {SINGLE}
+    if holds_pickled(names):
+        weights = _pickled(snapshot, names, snapshot.name)
+    elif INDEX in names:
+        weights = _indexed(snapshot)
     return all((snapshot / name).exists() for name in weights)
 
 

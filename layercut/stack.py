@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from pydantic import FiniteFloat
+
 from layercut.record import Record as Record
 
 
@@ -13,7 +15,7 @@ class Share(Record):
 
     model: str
     index: int
-    weight: float
+    weight: FiniteFloat
 
 
 class Scaling(Record):
@@ -21,7 +23,7 @@ class Scaling(Record):
 
     tensors: str
     """Shell-style pattern (`*`, `?`, `[...]`) for the whole name."""
-    by: float
+    by: FiniteFloat
     """Factor; 0 writes true zeros."""
 
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from layercut.checkpoint import Checkpoint
@@ -37,12 +38,17 @@ class Place(NamedTuple):
 
     @property
     def content(self) -> Path:
-        """The future output folder. What helps to write it (the lock) lies beside it in `staging`, never in it."""
+        """The future output folder. What helps to write it (lock and journal) lies beside it in `staging`, never in it."""
         return self.staging / "content"
 
     @property
     def lock(self) -> Path:
         return self.staging / "lock"
+
+    @property
+    def journal(self) -> Path:
+        """Says what of the content is on the disk. Staging that has one is what a later run goes on from."""
+        return self.staging / "journal"
 
     @property
     def old(self) -> Path:
@@ -86,13 +92,19 @@ def check_vacant(place: Place, overwrite: bool) -> None:
         raise OutputError(f"{place.shown}/ is not empty", hint="choose another folder or pass --overwrite")
 
 
-def check_space(place: Place, needed: int) -> None:
-    """The file system must have `needed` bytes and some more; what a killed run left there will be freed and counts."""
+def check_space(place: Place, needed: int, kept: Mapping[str, int] = MappingProxyType({})) -> None:
+    """The file system must have `needed` bytes and some more; what an earlier run left there will be freed and counts.
+
+    Not so the files of the content that are `kept`: of these only what lies behind the bytes that are given for each.
+    """
     parent = _existing(place.target.parent)
     free = shutil.disk_usage(parent).free
-    for folder, _, names in os.walk(place.staging):
+    for folder, _, names in os.walk(place.content):
         for name in names:
-            free += os.lstat(os.path.join(folder, name)).st_blocks * 512  # noqa: PTH118
+            path = Path(folder, name)
+            state = path.lstat()
+            used, stays = state.st_blocks * 512, kept.get(os.path.relpath(path, place.content), 0)
+            free += used if not stays else max(0, used - stays) if stays < state.st_size else 0
     if needed + SLACK > free:
         raise OutputError(f"needs {_size(needed + SLACK)}, {_size(free)} free on {parent}", hint="free some space or choose another folder")
 
@@ -122,30 +134,46 @@ def _size(count: int) -> str:
 
 @contextmanager
 def staged(place: Place) -> Iterator[None]:
-    """An empty content folder that no other run touches; afterwards nothing of the staging is left, nor of parents made in vain."""
+    """A staging folder that no other run touches. What is in it afterwards and cannot be resumed goes, with parents made in vain."""
     made = [folder for folder in reversed(place.target.parents) if not folder.exists()]
     try:
         for folder in made:
             folder.mkdir()
+            sync(folder.parent)
         lock = _take_lock(place)
         try:
-            # An earlier run that was killed leaves its content. Here is the place to go on from it instead.
-            if os.path.lexists(place.content):
-                shutil.rmtree(place.content)
-            place.content.mkdir()
             yield
         finally:
-            shutil.rmtree(place.content, ignore_errors=True)
-            # The lock goes last, so that a run which starts meanwhile either waits its turn or finds nothing.
-            place.lock.unlink(missing_ok=True)
-            with suppress(OSError):
-                place.staging.rmdir()
+            if not resumable(place):
+                _remove(place)
             os.close(lock)
     except BaseException:
         with suppress(OSError):
             for folder in reversed(made):
                 folder.rmdir()
         raise
+
+
+def resumable(place: Place) -> bool:
+    """Whether there is work that a later run can go on from."""
+    return place.journal.is_file() and place.content.is_dir()
+
+
+def throw_away(place: Place) -> None:
+    """Remove the work in the staging, of which this run holds the lock. Without its journal nobody takes it for more than litter."""
+    place.journal.unlink(missing_ok=True)
+    if os.path.lexists(place.content):
+        shutil.rmtree(place.content)
+
+
+def _remove(place: Place) -> None:
+    """Remove the staging, of which this run holds the lock."""
+    shutil.rmtree(place.content, ignore_errors=True)
+    place.journal.unlink(missing_ok=True)
+    # The lock goes last, so that a run which starts meanwhile either waits its turn or finds nothing.
+    place.lock.unlink(missing_ok=True)
+    with suppress(OSError):
+        place.staging.rmdir()
 
 
 def _take_lock(place: Place) -> int:
@@ -195,8 +223,13 @@ def publish(place: Place, overwrite: bool) -> None:
         if replaces:
             recover(place)
         raise
+    settle(place, replaces)
+
+
+def settle(place: Place, replaced: bool) -> None:
+    """Put the new name on the disk; the folder that was replaced goes."""
     sync(place.target.parent)
-    if replaces:
+    if replaced and os.path.lexists(place.old):
         try:
             shutil.rmtree(place.old)
         except OSError as error:

@@ -11,7 +11,7 @@ from layercut.checkpoint import Checkpoint
 from layercut.errors import LayercutError, RecipeError
 from layercut.recipe import Recipe, Slice
 from layercut.scalings import Groups, Parameters, slice_scalings
-from layercut.selectors import positions
+from layercut.selectors import check_height, positions
 from layercut.stack import LayerRef, Stack
 
 Resolve = Callable[[str], Checkpoint]
@@ -122,6 +122,7 @@ def reachable_depth(recipe: Recipe, windows: Sequence[Window], members: Mapping[
 def stack_of(recipe: Recipe, bounds: Sequence[tuple[str, int, int]]) -> Stack:
     """The stack of slices with known boundaries, with the factors that `parameters` give to each layer."""
     found: list[LayerRef] = []
+    check_height(sum(stop - start for _, start, stop in bounds), _Spot(recipe, ("slices",)))
     for number, (model, start, stop) in enumerate(bounds):
         for index in range(start, stop):
             scalings = slice_scalings(_levels(recipe, number), index - start, stop - start)

@@ -159,14 +159,16 @@ def _repeated(task: Task, prices: Pricing) -> tuple[Block, ...] | None:
         if (position + 1, left) in after:
             yield position, after[position + 1, left]
         acting: list[LayerRef] = []
+        inner = 0  # seams inside the block, which a copy has too
         for stop in range(position + 1, min(position + left, length) + 1):
-            if not task.free(stop - 1, stop):
+            if stop - 1 in task.protect:
                 break
             if not stack[stop - 1].identity:
+                inner += prices.ticks(_leave(acting[-1]), _enter(stack[stop - 1])) if acting else 0
                 acting.append(stack[stop - 1])
             if (stop, left - (stop - position)) in after:
                 seam = prices.ticks(_leave(acting[-1]), _enter(acting[0])) if acting else 0
-                yield stop, seam + after[stop, left - (stop - position)]
+                yield stop, seam + inner + after[stop, left - (stop - position)]
 
     for position in range(length - 1, -1, -1):
         for left in range(task.count + 1):

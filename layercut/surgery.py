@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from layercut.architecture import DEPTH_KEYS, MTP_KEYS, NUMBER, LayerStack, Member, config_node
+from layercut.architecture import DEPTH_KEYS, MTP_KEYS, NUMBER, LayerStack, Member, config_node, mtp_layers
 from layercut.errors import RefusedError
 from layercut.exceptions import objection
 from layercut.jsontext import replace
 from layercut.plan import Edit
+from layercut.quantization import follow, mentions
 from layercut.stack import LayerRef
 
 Values = Sequence[Any]
@@ -150,6 +151,9 @@ class Surgery(NamedTuple):
 
     text: str
     edits: tuple[Edit, ...]
+    texts: Mapping[str, str] = {}
+    """Other files that say the same again, by name."""
+    notes: tuple[str, ...] = ()
 
 
 def operate(text: str, donor: str, members: Mapping[str, Member], order: Sequence[LayerRef], more: tuple[Edit, ...] = ()) -> Surgery:
@@ -175,9 +179,10 @@ def operate(text: str, donor: str, members: Mapping[str, Member], order: Sequenc
         node = config_node(config, stack.node)
         why = "multi-token-prediction layers are left out"
         edits += [Edit(key=_dotted(stack, name), before=node[name], after=0, reason=why) for name in MTP_KEYS if node.get(name)]
-    edits += more
+    quantization = follow(donor, members, order)
+    edits += [*quantization.edits, *more]
     changed = {tuple(edit.key.split(".")): edit.after for edit in edits}
-    return Surgery(replace(text, changed), tuple(edits))
+    return Surgery(replace(text, changed), tuple(edits), quantization.texts, quantization.notes)
 
 
 def _dotted(stack: LayerStack, *names: str) -> str:
@@ -207,17 +212,19 @@ def _follow(path: tuple[str, ...], donor: str, members: Mapping[str, Member], or
     config, stack = members[donor].checkpoint.config, members[donor].stack
     name, value = path[-1], _value(config, stack, path)
     dotted = _dotted(stack, *path)
-    rule = next((rule for rule in RULES.get(name, ()) if rule.decode(value, stack.depth) is not None), None)
+    rule = next((rule for rule in RULES.get(name, ()) if decode(rule, value, config, stack) is not None), None)
     if rule is None:
-        _suspect(name, value, dotted, stack)
+        _suspect(name, value, dotted, stack.depth, mtp_layers(config_node(config, stack.node)))
         return None
     entries = []
     for layer in order:
         member = members[layer.model]
-        decoded = rule.decode(_value(member.checkpoint.config, member.stack, path), member.stack.depth)
+        decoded = decode(rule, _value(member.checkpoint.config, member.stack, path), member.checkpoint.config, member.stack)
         if decoded is None:
             raise RefusedError(f"config.json: {dotted} is set in '{donor}' but not in '{layer.model}': one config cannot describe both")
         entries.append(decoded[layer.index])
+    if not stack.extra:  # else the multi-token-prediction layers are left out, and with them what is said of them
+        entries += (decode(rule, value, config, stack) or [])[stack.depth :]
     after = rule.encode(entries, value)
     if after is None:
         node = config_node(config, stack.node)
@@ -228,14 +235,21 @@ def _follow(path: tuple[str, ...], donor: str, members: Mapping[str, Member], or
     return None if after == value else Edit(key=dotted, before=value, after=after, reason=rule.reason)
 
 
-def _suspect(name: str, value: Any, dotted: str, stack: LayerStack) -> None:
+def decode(rule: Rule, value: Any, config: Mapping[str, Any], stack: LayerStack) -> Values | None:
+    """What a value says of each layer, or None. It may speak of declared multi-token-prediction layers too, behind the others."""
+    found = rule.decode(value, stack.depth)
+    extra = mtp_layers(config_node(config, stack.node))
+    return rule.decode(value, stack.depth + extra) if found is None and extra else found
+
+
+def _suspect(name: str, value: Any, dotted: str, depth: int, extra: int) -> None:
     """Stop at a value that may depend on the layers in a way nobody told."""
     if name in NOT_PER_LAYER or name in DEPTH_KEYS or name in MTP_KEYS:
         return
-    listed = isinstance(value, list) and len(value) == stack.depth
-    counted = isinstance(value, int) and value == stack.depth and ("layer" in name or "depth" in name)
+    listed = isinstance(value, list) and len(value) in (depth, depth + extra)
+    counted = isinstance(value, int) and value == depth and ("layer" in name or "depth" in name)
     if listed or counted:
-        what = f"a list of {stack.depth} entries" if listed else f"{value}, the number of layers"
+        what = f"a list of {len(value)} entries" if listed else f"{value}, the number of layers"
         raise RefusedError(f"config.json: {dotted} is {what}, and layercut does not know whether it must follow the layers")
 
 
@@ -252,7 +266,8 @@ def dependents(config: Mapping[str, Any], stack: LayerStack) -> list[Dependent]:
     found = [Dependent(str(key), key.depth, "depth") for key in (stack.depth_key, *stack.aliases)]
     for path in _paths(config, stack):
         value = _value(config, stack, path)
-        rule = next((rule for rule in RULES.get(path[-1], ()) if rule.decode(value, stack.depth) is not None), None)
+        rule = next((rule for rule in RULES.get(path[-1], ()) if decode(rule, value, config, stack) is not None), None)
         if rule is not None:
             found.append(Dependent(_dotted(stack, *path), value, rule.reason))
+    found += [Dependent(key, value, "names of layers") for key, value in mentions(config, stack)]
     return found

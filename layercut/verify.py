@@ -1,4 +1,4 @@
-"""Checks an output folder: against its own report, and against transformers. Every failure is a failed check, never a traceback."""
+"""Checks an output folder: against its own report, its sources, and transformers. Every failure is a failed check, never a traceback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from layercut.architecture import find_stack
 from layercut.checkpoint import CONFIG, INDEX, SCAFFOLD, Checkpoint, left_out_reason, open_checkpoint
-from layercut.errors import LayercutError
+from layercut.contents import DiffersError, NotCheckedError, check_contents
+from layercut.errors import LayercutError, printable
 from layercut.header import quoted
 from layercut.report import REPORT, Report, WrittenFile, file_digest, read_report
 from layercut.stack import LayerRef, Record
@@ -50,17 +51,20 @@ class _FailedError(Exception):
     """A check does not hold, for the reason given."""
 
 
-def verify(folder: Path, *, load: bool = True) -> Verification:
-    """Check the folder. Without `load` only headers and small files are read, and torch is not imported.
+def verify(folder: Path, *, load: bool = True, contents: bool = True, progress: bool = False) -> Verification:
+    """Check the folder. Without `load` transformers is not asked, and without `contents` too only headers and small files are read.
 
-    A folder without layercut.json is checked on its own: that it opens, that its layers fit its config, that it loads.
+    A folder without layercut.json is checked on its own: that it opens, that its layers fit its config, that it loads. With
+    `progress`, a bar goes to stderr when that is a terminal.
     """
     checks: list[Check] = []
 
     def run(name: str, check: Callable[[], str]) -> None:
         try:
             checks.append(Check(name=name, ok=True, detail=check()))
-        except _FailedError as error:
+        except NotCheckedError as error:
+            checks.append(Check(name=name, ok=True, detail=f"not checked: {error}"))
+        except (_FailedError, DiffersError) as error:
             checks.append(Check(name=name, ok=False, detail=str(error)))
         except Exception as error:
             checks.append(Check(name=name, ok=False, detail=_line(error)))
@@ -85,6 +89,9 @@ def verify(folder: Path, *, load: bool = True) -> Verification:
         run("files", lambda: _files(checkpoint, files))
         run("no other files", lambda: _no_others(checkpoint, files))
     run("layers", lambda: _layers(checkpoint, None if report is None else report.layers))
+    if report is not None and contents:
+        written = report
+        run("contents", lambda: check_contents(checkpoint, written, progress=progress))
     if load:
         _loaded(folder, run)
     return Verification(folder=str(folder), checks=tuple(checks))
@@ -179,9 +186,13 @@ def _load(folder: Path) -> tuple[Any, Mapping[str, Any]]:
     """The model and its loading info. No code of the checkpoint is run, and no pickle read."""
     import transformers
 
-    from layercut.loading import quiet
+    from layercut.loading import own_code, quiet
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        raise own_code(error, folder) or error from None
     # The class that the checkpoint names knows exactly its keys; a head that it lacks would be reported as missing.
     named = getattr(transformers, next(iter(config.architectures or ()), ""), None)
     factory: Any = transformers.AutoModel
@@ -245,4 +256,4 @@ def _generate(model: Any) -> str:
 def _line(error: Exception) -> str:
     """An error as one line of sensible length."""
     text = str(error) if isinstance(error, LayercutError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:300]
+    return printable(" ".join(text.split()))[:300]

@@ -12,9 +12,11 @@ from typing import Any
 import yaml
 
 from layercut.errors import RecipeError
+from layercut.smallfile import read_small
 
 Key = str | int
-# A recipe of ten thousand lines stays far below these; an alias bomb does not.
+# A recipe of ten thousand lines stays below these; bombs do not.
+MAX_TEXT = 500_000
 MAX_NODES = 500_000
 MAX_DEPTH = 60
 # Longer numbers stay text: Python takes long to read them and does not print them.
@@ -48,7 +50,7 @@ class YamlText:
     def read(cls, path: Path) -> YamlText:
         """Read a file. Raises RecipeError when it cannot be read or is not YAML."""
         try:
-            return cls(path.read_text(encoding="utf-8"), str(path))
+            return cls(read_small(path, MAX_TEXT, RecipeError).decode(), str(path))
         except OSError as error:
             raise RecipeError(f"cannot read: {error.strerror}", where=path) from None
         except UnicodeDecodeError as error:
@@ -112,6 +114,8 @@ class YamlText:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             place = self.name if mark is None else f"{self.name}:{mark.line + 1}:{mark.column + 1}"
+            if "nesting depth" in str(error.problem):  # libyaml counts for itself
+                raise RecipeError("nested too deeply", where=place) from None
             if error.problem == "but found another document":
                 several = "split them at '---'; a later one names the output folder of an earlier one as its model"
                 raise RecipeError("several recipes in one file", where=place, hint=several) from None

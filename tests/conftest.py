@@ -103,7 +103,9 @@ def tiny_config(kind: str, layers: int, **config: Any) -> Any:
     raise ValueError(kind)
 
 
-def tiny_model(folder: Path, kind: str = "llama", layers: int = 6, dtype: str = "float32", seed: int = 0, tokenizer: bool = True, **config: Any) -> Path:
+def tiny_model(
+    folder: Path, kind: str = "llama", layers: int = 6, dtype: str = "float32", seed: int = 0, tokenizer: bool = True, **config: Any
+) -> Path:
     """A tiny random model with a tokenizer, saved by transformers."""
     import torch
     import transformers
@@ -131,7 +133,9 @@ def byte_tokenizer(bos: bool = False) -> Any:
     core.decoder = tokenizers.decoders.ByteLevel()
     if bos:
         core.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,9 @@ from layercut.cli import main
 
 Make = Callable[..., Path]
 STATIC = "model: {source}\nsteps:\n  - prune: {{at: 1}}\noutput: {out}\n"
-AUTO = "model: {source}\ncalibration: {{source: text, path: {text}, samples: 2, max_length: 16}}\nsteps:\n  - prune: {{layers: 1}}\noutput: {out}\n"
+TEXT = "calibration: {{source: text, path: {text}, samples: 2, max_length: 16}}\n"
+AUTO = "model: {source}\n" + TEXT + "steps:\n  - prune: {{layers: 1}}\noutput: {out}\n"
+SLICE = "model: {source}\nslices: [{{layer_range: [%s]}}]\noutput: {out}\n"
 
 
 class Case:
@@ -44,14 +46,14 @@ def case(tmp_path: Path, byte_checkpoint: Make) -> Case:
     [
         (STATIC.replace("at: 1", "att: 1"), "{r}:3:13: unknown key 'att'; did you mean 'at'?"),
         (STATIC + "colour: red\n", "{r}:5:1: unknown key 'colour'; known keys are"),
-        (STATIC.replace("at: 1", "layers: many"), "{r}:3:21: expected a number of layers such as 6, or a percentage such as 25%, found 'many'"),
-        ("model: {source}\nslices: [{{layer_range: [5, 3]}}]\noutput: {out}\n", "layer_range [5, 3] is empty"),
-        ("model: {source}\nslices: [{{layer_range: [3, 3]}}]\noutput: {out}\n", "layer_range [3, 3] is empty: [a, b) holds layers a to b - 1"),
-        ("model: {source}\nslices: [{{layer_range: [0, 99]}}]\noutput: {out}\n", "{r}:2:24: layer_range [0, 99] leaves the model, which has 6 layers"),
         (
-            "model: {source}\ndepth: 9\nslices: [{{layer_range: [0, auto]}}]\noutput: {out}\n",
-            "{r}:2:8: depth 9 cannot be reached: the slices hold 1 to 6 layers",
+            STATIC.replace("at: 1", "layers: many"),
+            "{r}:3:21: expected a number of layers such as 6, or a percentage such as 25%, found 'many'",
         ),
+        (SLICE % "5, 3", "layer_range [5, 3] is empty"),
+        (SLICE % "3, 3", "layer_range [3, 3] is empty: [a, b) holds layers a to b - 1"),
+        (SLICE % "0, 99", "{r}:2:24: layer_range [0, 99] leaves the model, which has 6 layers"),
+        ("depth: 9\n" + SLICE % "0, auto", "{r}:1:8: depth 9 cannot be reached: the slices hold 1 to 6 layers"),
         (STATIC.replace("{source}", "{source}-not"), "no such folder"),
         (STATIC.replace("output: {out}\n", ""), "no output folder; set 'output' in the recipe or give --out DIR"),
     ],
@@ -108,7 +110,7 @@ def _other_format(case: Case) -> str:
     for path in case.source.glob("model*"):
         path.unlink()
     (case.source / "pytorch_model.bin").write_bytes(b"pickle")
-    return "unsupported weights format"
+    return "pytorch_model.bin: not a file of torch.save; download it again"
 
 
 def _unreadable(case: Case) -> str:

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from layercut.architecture import Member
 from layercut.checkpoint import Checkpoint, open_checkpoint
-from layercut.errors import CheckpointError, RecipeError
+from layercut.errors import CheckpointError, RecipeError, RefusedError
 from layercut.metrics import METRICS, Metric
 from layercut.operations import OPERATIONS
 from layercut.plan import Measurement, Plan, Table
 from layercut.planner import build_plan
-from layercut.recipe import load_recipe
+from layercut.recipe import Recipe, load_recipe
 
 DEPTH = 6
 OPERATION_LIST = ", ".join(sorted(OPERATIONS))
@@ -27,6 +27,13 @@ SELECTOR = 'expected a layer such as 3, a range such as "20-24", or {every: 2, f
 COUNT = "expected a number of layers such as 6, or a percentage such as 25%"
 SIZE = "expected a size such as 5GB, 500MB or 5GiB"
 EITHER = "takes either 'layers' (how many) or 'at' (which)"
+BUDGETS = "takes either one of layers, params, size, max_distance (how many) or 'at' (which)"
+NAMED = "with 'at' nothing is chosen: strategy, metric and protect go with a budget"
+PARAMS = "expected a number of parameters such as 6B or 135M"
+NUMBER = "expected a number such as 0.5"
+FACTOR = "expected a factor such as 0.5, or a list of factors that is spread over the slice"
+STRATEGY = "expected 'block', 'blocks', 'rank' or 'deepest'"
+DTYPE = "expected 'float16', 'bfloat16', 'float32' or 'float64'"
 PAIR = "layer_range takes two boundaries [a, b): layers a to b - 1"
 EMPTY = "is empty: [a, b) holds layers a to b - 1"
 ONE_SOURCE = "'sources' is a list of exactly one source: {model, layer_range}"
@@ -87,7 +94,10 @@ TABLE = [
     ("model: m\nmodle: n", "r.yaml:2:1: unknown key 'modle'; did you mean 'model'?"),
     ("model: m\nmodels: m", "r.yaml:2:9: models: expected a mapping, found 'm'"),
     ("model: m\nmodels: {a: 5}", "r.yaml:2:13: models.a: expected text, found 5"),
-    ("model: m\nmerge_method: slerp", "r.yaml:2:15: merge_method: expected 'passthrough', found 'slerp'"),
+    (
+        "model: m\nmerge_method: slerp",
+        "r.yaml:2:15: merge_method 'slerp' blends the tensors of models, and layercut only moves layers; use mergekit-yaml for it",
+    ),
     ("model: m\ndepth: ten", "r.yaml:2:8: depth: expected a whole number, found 'ten'"),
     ("model: m\ndepth: 2.5", "r.yaml:2:8: depth: expected a whole number, found 2.5"),
     ("model: m\ndepth: true", "r.yaml:2:8: depth: expected a whole number, found true"),
@@ -152,6 +162,36 @@ TABLE = [
         slices("{model: m, layer_range: [0, 4]}", more="depth: 3\n"),
         "r.yaml:3:8: depth 3 cannot be reached: the slices hold exactly 4 layers",
     ),
+    (slices("{model: m, layer_range: [0, auto], min: 0}"), "r.yaml:2:45: slices.0.min: expected at least 1, found 0"),
+    (slices("{model: m, layer_range: [0, auto], min: 3, max: 2}"), "r.yaml:2:40: min 3 is more than max 2"),
+    (slices("{model: m, layer_range: [0, auto], min: 2.5}"), "r.yaml:2:45: slices.0.min: expected a whole number, found 2.5"),
+    (slices("{model: m, layer_range: [0, auto], max: many}"), "r.yaml:2:45: slices.0.max: expected a whole number, found 'many'"),
+    (slices("{model: m, layer_range: [0, auto], mn: 2}"), "r.yaml:2:40: unknown key 'mn'; did you mean 'min'?"),
+    (slices("{model: m, layer_range: [0, auto], protect: x}"), f"r.yaml:2:49: {SELECTOR}, found 'x'"),
+    (slices("{model: m, layer_range: [0, auto], overlap: 1}"), "r.yaml:2:40: 'overlap' goes with a start that is auto"),
+    (slices("{model: m, layer_range: [auto, 6], overlap: -1}"), "r.yaml:2:49: slices.0.overlap: expected at least 0, found -1"),
+    (slices("{model: m, layer_range: [auto, 6], overlap: 1}"), "r.yaml:2:49: 'overlap' needs a slice of the same model before it"),
+    (slices("{model: m, layer_range: [0, 6], min: 2}"), "r.yaml:2:29: min, max, overlap and protect go with an 'auto' boundary"),
+    (slices("{model: m, layer_range: [0, 6], overlap: 0}"), "r.yaml:2:37: 'overlap' goes with a start that is auto"),
+    (slices("{model: m, layer_range: [2, auto], protect: 1}"), "r.yaml:2:29: no range satisfies the constraints of this slice"),
+    (slices("{model: m, layer_range: [0, auto], parameters: 5}"), "r.yaml:2:52: slices.0.parameters: expected a mapping, found 5"),
+    (slices("{model: m, layer_range: [0, auto], parameters: {scal: 1}}"), "r.yaml:2:53: unknown key 'scal'; did you mean 'scale'?"),
+    (slices("{model: m, layer_range: [0, auto], parameters: {scale: big}}"), f"r.yaml:2:60: {FACTOR}, found 'big'"),
+    (slices("{model: m, layer_range: [0, auto], parameters: {scale: [1, x]}}"), f"r.yaml:2:61: {FACTOR}"),
+    (
+        slices("{model: m, layer_range: [0, auto], parameters: {scale: {filter: 5, value: 1}}}"),
+        "r.yaml:2:69: slices.0.parameters.scale.filter: expected text, found 5",
+    ),
+    (slices("{model: m, layer_range: [0, auto], parameters: {scale: {filter: x}}}"), "r.yaml:2:60: 'value' is missing"),
+    (
+        slices("{model: m, layer_range: [0, auto], parameters: {scale: [{value: 1, fliter: x}]}}"),
+        "r.yaml:2:72: unknown key 'fliter'; did you mean 'filter'?",
+    ),
+    (
+        slices("{model: m, layer_range: [0, auto], parameters: {scale: [1, {value: 2}]}}"),
+        "r.yaml:2:61: slices.0.parameters.scale.0: expected a mapping, found 1",
+    ),
+    (slices("{model: m, layer_range: [0, auto], parameters: {scale: []}}"), f"r.yaml:2:60: {FACTOR}"),
     # steps
     ("model: m\nsteps: {prune: {layers: 2}}", 'r.yaml:2:8: steps: expected a list, found {"prune": {"layers": 2}}'),
     ("model: m\nsteps: 5", "r.yaml:2:8: steps: expected a list, found 5"),
@@ -164,9 +204,9 @@ TABLE = [
     (steps("prun: {layers: 2}"), "r.yaml:3:5: unknown operation 'prun'; did you mean 'prune'?"),
     (steps("xyzzy: {layers: 2}"), f"r.yaml:3:5: unknown operation 'xyzzy'; known operations are {OPERATION_LIST}"),
     (steps("prune: 2"), "r.yaml:3:12: steps.0.prune: expected a mapping, found 2"),
-    (steps("prune:"), f"r.yaml:3:11: {EITHER}"),
-    (steps("prune: {}"), f"r.yaml:3:12: {EITHER}"),
-    (steps("prune: {layers: 2, at: 1}"), f"r.yaml:3:12: {EITHER}"),
+    (steps("prune:"), f"r.yaml:3:11: {BUDGETS}"),
+    (steps("prune: {}"), f"r.yaml:3:12: {BUDGETS}"),
+    (steps("prune: {layers: 2, at: 1}"), f"r.yaml:3:12: {BUDGETS}"),
     (steps("duplicate: {layers: 2, at: 1}"), f"r.yaml:3:16: {EITHER}"),
     (steps("keep: {}"), "r.yaml:3:11: 'at' is missing"),
     (steps("keep: {ats: 3}"), "r.yaml:3:12: unknown key 'ats'; did you mean 'at'?"),
@@ -204,6 +244,87 @@ TABLE = [
     (steps("prune: {at: [1, 0-2]}"), "r.yaml:3:21: layer 1 is named twice"),
     (steps("prune: {at: 0-5}"), "r.yaml:3:17: removes all 6 layers"),
     (steps("prune: {at: 0-3}", "keep: {at: 2}"), "r.yaml:4:16: layer 2 does not exist: the stack has layers 0 to 1 here"),
+    (steps("prune: {layers: 2, size: 1GB}"), f"r.yaml:3:12: {BUDGETS}"),
+    (steps("prune: {params: six}"), f"r.yaml:3:21: {PARAMS}, found 'six'"),
+    (steps("prune: {params: 6GB}"), f"r.yaml:3:21: {PARAMS}, found '6GB'"),
+    (steps("prune: {params: 0}"), "r.yaml:3:21: a number of parameters must be at least one, found 0"),
+    (steps("prune: {params: 10}"), "r.yaml:3:21: cannot come down to 10 parameters: 320 are left when 5 of 6 layers are removed"),
+    (steps("prune: {size: 5XB}"), f"r.yaml:3:19: {SIZE}, found '5XB'"),
+    (steps("prune: {size: 1B}"), "r.yaml:3:19: cannot come down to 1 bytes: 320 are left when 5 of 6 layers are removed"),
+    (steps("prune: {size: true}"), f"r.yaml:3:19: {SIZE}, found true"),
+    (steps("prune: {max_distance: 0}"), "r.yaml:3:27: steps.0.prune.max_distance: expected more than 0, found 0"),
+    (steps("prune: {max_distance: -1}"), "r.yaml:3:27: steps.0.prune.max_distance: expected more than 0, found -1"),
+    (steps("prune: {max_distance: near}"), f"r.yaml:3:27: {NUMBER}, found 'near'"),
+    (steps("prune: {max_distance: .inf}"), f"r.yaml:3:27: {NUMBER}, found Infinity"),
+    (steps("prune: {max_distance: true}"), f"r.yaml:3:27: {NUMBER}, found true"),
+    (steps("prune: {max_distance: 0.1}"), "r.yaml:3:27: no layer of 6 can be removed within a distance of 0.1; the least is 0.25"),
+    (steps("prune: {max_distanse: 0.1}"), "r.yaml:3:13: unknown key 'max_distanse'; did you mean 'max_distance'?"),
+    (steps("prune: {layers: 2, strategy: besst}"), f"r.yaml:3:34: steps.0.prune.strategy: {STRATEGY}, found 'besst'"),
+    (steps("prune: {layers: 2, strategy: blok}"), f"r.yaml:3:34: steps.0.prune.strategy: {STRATEGY}, found 'blok'; did you mean 'block'?"),
+    (steps("prune: {layers: 2, strategy: 5}"), f"r.yaml:3:34: steps.0.prune.strategy: {STRATEGY}, found 5"),
+    (steps("prune: {layers: 2, protect: [0, 9]}"), "r.yaml:3:37: layer 9 does not exist: the stack has layers 0 to 5 here"),
+    (steps("prune: {layers: 2, protect: all}"), f"r.yaml:3:33: {SELECTOR}, found 'all'"),
+    (steps("prune: {layers: 6, protect: 0-5}"), "r.yaml:3:21: cannot remove 6 of 6 layers, 6 of them protected; at most 0"),
+    (steps("prune: {at: 2, strategy: rank}"), f"r.yaml:3:20: {NAMED}"),
+    (steps("prune: {at: 2, protect: 1}"), f"r.yaml:3:20: {NAMED}"),
+    (steps("prune: {at: 2, metric: cosine}"), f"r.yaml:3:20: {NAMED}"),
+    (steps("prune: [2]"), "r.yaml:3:12: steps.0.prune: expected a mapping, found [2]"),
+    (steps("prune: [{layers: 2}]"), 'r.yaml:3:12: steps.0.prune: expected a mapping, found [{"layers": 2}]'),
+    (steps("duplicate: {size: 5GB}"), "r.yaml:3:17: unknown key 'size'; known keys are at, layers, metric, protect, strategy, times"),
+    (steps("duplicate: {layers: 2, times: 0}"), "r.yaml:3:35: steps.0.duplicate.times: expected at least 1, found 0"),
+    (steps("expand: {}"), "r.yaml:3:13: takes either 'every' or 'at'"),
+    (steps("expand:"), "r.yaml:3:12: takes either 'every' or 'at'"),
+    (steps("expand: {every: 0}"), "r.yaml:3:21: steps.0.expand.every: expected at least 1, found 0"),
+    (steps("expand: {every: 9}"), "r.yaml:3:21: every 9 layers, but the stack has 6 here"),
+    (steps("expand: {every: 2, at: 1}"), "r.yaml:3:13: takes either 'every' or 'at'"),
+    (steps("expand: {every: 2.5}"), "r.yaml:3:21: steps.0.expand.every: expected a whole number, found 2.5"),
+    (steps("expand: {at: 9}"), "r.yaml:3:18: layer 9 does not exist: the stack has layers 0 to 5 here"),
+    (steps("expand: 4"), "r.yaml:3:13: steps.0.expand: expected a mapping, found 4"),
+    (steps("merge: {at: 3}"), "r.yaml:3:17: an average needs at least two layers"),
+    (steps("merge: {at: [1, 2], weights: 0.5}"), "r.yaml:3:34: steps.0.merge.weights: expected a list, found 0.5"),
+    (steps("merge: {at: [1, 2], weights: [0.5]}"), "r.yaml:3:34: 1 weights for 2 layers"),
+    (steps("merge: {at: [1, 2], weights: [1, x]}"), f"r.yaml:3:38: {NUMBER}, found 'x'"),
+    (steps("merge: {at: [1, 2], weights: [1, -1]}"), "r.yaml:3:34: weights must not add up to zero"),
+    (steps("merge: {at: [1, 2], weights: []}"), "r.yaml:3:34: 0 weights for 2 layers"),
+    (steps("merge: {at: [1, 2], weights: [1, .nan]}"), f"r.yaml:3:38: {NUMBER}, found NaN"),
+    (steps("merge: {weights: [1, 2]}"), "r.yaml:3:12: 'at' is missing"),
+    (steps("merge: {at: [1, 2], weight: [1, 2]}"), "r.yaml:3:25: unknown key 'weight'; did you mean 'weights'?"),
+    (
+        steps("scale: {at: 1, tensors: '*', by: 2}", "merge: {at: [1, 2]}"),
+        "r.yaml:4:17: layer 1 is not as its model has it: average before other arithmetic",
+    ),
+    (steps("replace: {layers: 2}"), "r.yaml:3:14: 'with' is missing"),
+    (steps("replace: {layers: 2, with: cubic}"), "r.yaml:3:32: steps.0.replace.with: expected 'linear', found 'cubic'"),
+    (steps("replace: {with: linear}"), f"r.yaml:3:14: {EITHER}"),
+    (steps("replace: {layers: 6, with: linear}"), "r.yaml:3:23: cannot replace 6 of 6 layers; at most 5"),
+    (
+        steps("replace: {layers: 2, by: linear}"),
+        "r.yaml:3:26: unknown key 'by'; known keys are at, layers, metric, protect, strategy, with",
+    ),
+    (steps("scale: {by: 2}"), "r.yaml:3:12: 'tensors' is missing"),
+    (steps("scale: {tensors: '*'}"), "r.yaml:3:12: 'by' is missing"),
+    (steps("scale: {tensors: '', by: 2}"), "r.yaml:3:22: steps.0.scale.tensors: expected some text, found ''"),
+    (steps("scale: {tensors: 5, by: 2}"), "r.yaml:3:22: steps.0.scale.tensors: expected text, found 5"),
+    (steps("scale: {tensors: '*', by: half}"), f"r.yaml:3:31: {NUMBER}, found 'half'"),
+    (steps("scale: {tensors: '*', by: .inf}"), f"r.yaml:3:31: {NUMBER}, found Infinity"),
+    (
+        steps("scale: {tensors: '*.gate.weight', by: 2}"),
+        "r.yaml:3:22: no tensor of these layers is named '*.gate.weight'; there are down_proj, o_proj",
+    ),
+    (steps("scale: {at: 9, tensors: '*', by: 2}"), "r.yaml:3:17: layer 9 does not exist: the stack has layers 0 to 5 here"),
+    (steps("scale: {tensor: '*', by: 2}"), "r.yaml:3:13: unknown key 'tensor'; did you mean 'tensors'?"),
+    (steps("zero: {tensors: '*'}"), "r.yaml:3:11: 'at' is missing"),
+    (steps("zero: {at: 1}"), "r.yaml:3:11: 'tensors' is missing"),
+    (
+        steps("zero: {at: 1, tensors: '*.q_proj.*'}"),
+        "r.yaml:3:28: no tensor of these layers is named '*.q_proj.*'; there are down_proj, o_proj",
+    ),
+    (steps("zero: {at: 1, tensors: '*', by: 0}"), "r.yaml:3:33: unknown key 'by'; known keys are at, tensors"),
+    (steps("reorder: {to: [1, 0]}"), "r.yaml:3:19: leaves out layer 2 and 3 more; to drop layers use keep"),
+    (steps("reorder: {to: [0-5, 1]}"), "r.yaml:3:25: layer 1 is named twice"),
+    (steps("reorder: {at: [1, 0]}"), "r.yaml:3:15: unknown key 'at'; known keys are to"),
+    (steps("reorder: [1, 0]"), "r.yaml:3:14: steps.0.reorder: expected a mapping, found [1, 0]"),
+    (steps("reorder: {to: 0-6}"), "r.yaml:3:19: layer 6 does not exist: the stack has layers 0 to 5 here"),
     # metrics
     ("model: m\nmetric: angulr", f"r.yaml:2:9: unknown metric 'angulr'; did you mean 'angular'? (known: {METRIC_LIST})"),
     ("model: m\nmetrics: [angular, x]", f"r.yaml:2:20: unknown metric 'x' (known: {METRIC_LIST})"),
@@ -222,6 +343,10 @@ TABLE = [
     ("model: m\ncalibration: {source: web}", f"r.yaml:2:23: unknown source 'web'; {SOURCES}"),
     ("model: m\ncalibration: {source: hub}", "r.yaml:2:14: 'dataset' is missing"),
     ("model: m\ncalibration: {source: builtin, smples: 3}", "r.yaml:2:32: unknown key 'smples'; did you mean 'samples'?"),
+    (
+        "model: m\ncalibration: {source: text, path: x, dataset: y}",
+        "r.yaml:2:38: unknown key 'dataset'; known keys are batch_size, bos, column, max_length, path, samples, source",
+    ),
     ("model: m\ncalibration: {source: builtin, samples: 0}", "r.yaml:2:41: calibration.samples: expected at least 1, found 0"),
     ("model: m\ncalibration: {source: text, path: ''}", "r.yaml:2:35: calibration.path: expected some text, found ''"),
     ("model: m\ncalibration: {source: builtin, bos: maybe}", "r.yaml:2:37: bos must be auto, true or false, found 'maybe'"),
@@ -238,6 +363,40 @@ TABLE = [
     ("model: m\nevaluate: {perplexit: {source: builtin}}", "r.yaml:2:12: unknown key 'perplexit'; did you mean 'perplexity'?"),
     ("model: m\nevaluate: {perplexity: {source: builtn}}", "r.yaml:2:33: unknown source 'builtn'; did you mean 'builtin'?"),
     ("model: m\nevaluate: {tokens: 0}", "r.yaml:2:20: evaluate.tokens: expected at least 1, found 0"),
+    # the other keys of the whole
+    ("model: m\nparameters: {scale: true}", f"r.yaml:2:21: {FACTOR}, found true"),
+    ("model: m\nparameters: 0.5", "r.yaml:2:13: parameters: expected a mapping, found 0.5"),
+    ("model: m\ndtype: int8", f"r.yaml:2:8: dtype: {DTYPE}, found 'int8'"),
+    ("model: m\ndtype: bf16", f"r.yaml:2:8: dtype: {DTYPE}, found 'bf16'; did you mean 'bfloat16'?"),
+    ("model: m\nout_dtype: 16", f"r.yaml:2:12: out_dtype: {DTYPE}, found 16"),
+    ("model: m\nallow: everything", "r.yaml:2:8: allow: expected 'inexact', found 'everything'"),
+    ("model: m\nallow: true", "r.yaml:2:8: allow: expected 'inexact', found true"),
+    ("model: m\nbase_model: nowhere", "r.yaml:2:13: nowhere: no such folder; check the name"),
+    ("model: m\nbase_model: ''", "r.yaml:2:13: base_model: expected some text, found ''"),
+    ("model: m\nbase_model: [m]", 'r.yaml:2:13: base_model: expected text, found ["m"]'),
+    ("model: m\ntokenizer_source: nowhere", "r.yaml:2:19: nowhere: no such folder; check the name"),
+    ("model: m\ntokenizer_source: {model: m}", 'r.yaml:2:19: tokenizer_source: expected text, found {"model": "m"}'),
+    (
+        "model: m\nchat_template: nobody",
+        "r.yaml:2:16: unknown chat template 'nobody'; known are alpaca, chatml, exaone, llama3, mistral; or write its text",
+    ),
+    ("model: m\nchat_template: chatmll", "r.yaml:2:16: unknown chat template 'chatmll'; did you mean 'chatml'?"),
+    ("model: m\nchat_template: ''", "r.yaml:2:16: chat_template: expected some text, found ''"),
+    ("model: m\nchat_template: 5", "r.yaml:2:16: chat_template: expected text, found 5"),
+    (
+        "model: m\nsteps:\n  - prune: {layers: 2}\n    keep: {at: 1}",
+        "r.yaml:3:5: a step is one operation, found 2 (prune, keep): write each as a step of its own",
+    ),
+    ("model: m\nsteps: [[prune]]", f"r.yaml:2:9: expected a step such as 'prune: {{layers: 6}}' (operations: {', '.join(OPERATIONS)})"),
+    (
+        "model: m\nsteps: ['prune: {layers: 2}']",
+        f"r.yaml:2:9: expected a step such as 'prune: {{layers: 6}}' (operations: {', '.join(OPERATIONS)}), found 'prune: {{layers: 2}}'",
+    ),
+    (
+        "model: m\nsteps: [null]",
+        f"r.yaml:2:9: expected a step such as 'prune: {{layers: 6}}' (operations: {', '.join(OPERATIONS)}), found nothing",
+    ),
+    ("model: m\nsteps: [{}]", f"r.yaml:2:9: expected a step such as 'prune: {{layers: 6}}' (operations: {', '.join(OPERATIONS)})"),
 ]
 
 
@@ -248,8 +407,7 @@ def test_what_is_said(text: str, message: str, tmp_path: Path, model: Checkpoint
 
 def test_the_known_keys_are_listed_when_none_is_near(tmp_path: Path, model: Checkpoint) -> None:
     message = said("model: m\nxyzzy: red", tmp_path, model)
-    assert message.startswith("r.yaml:2:1: unknown key 'xyzzy'; known keys are calibration, depth, evaluate, ")
-    assert message.endswith("output, slices, steps")
+    assert message == f"r.yaml:2:1: unknown key 'xyzzy'; known keys are {', '.join(sorted(Recipe.model_fields))}"
 
 
 def test_two_mistakes_are_two_lines(tmp_path: Path, model: Checkpoint) -> None:
@@ -304,7 +462,40 @@ junk = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                [*OPERATIONS, "model", "sources", "layer_range", "layers", "at", "every", "from", "to", "name", "token", "source", "path"]
+                [
+                    *OPERATIONS,
+                    "model",
+                    "sources",
+                    "layer_range",
+                    "layers",
+                    "at",
+                    "every",
+                    "from",
+                    "to",
+                    "name",
+                    "token",
+                    "source",
+                    "path",
+                    "min",
+                    "max",
+                    "protect",
+                    "overlap",
+                    "parameters",
+                    "scale",
+                    "filter",
+                    "value",
+                    "params",
+                    "size",
+                    "max_distance",
+                    "strategy",
+                    "weights",
+                    "with",
+                    "tensors",
+                    "by",
+                    "times",
+                    "output",
+                    "max_shard_size",
+                ]
             ),
             inner,
             max_size=3,
@@ -312,7 +503,7 @@ junk = st.recursive(
     ),
     max_leaves=8,
 )
-keys = ["models", "slices", "merge_method", "depth", "steps", "calibration", "metric", "metrics", "output", "evaluate"]
+keys = [key for key in Recipe.model_fields if key not in ("model", "base_model", "tokenizer_source")]
 
 
 @settings(max_examples=150, deadline=None)
@@ -326,6 +517,8 @@ def test_junk_is_told_in_lines_or_planned_and_never_crashes(
     path.write_text(yaml.safe_dump({"model": "m", **data, key: entries}), encoding="utf-8")
     try:
         plan(path, model)
+    except RefusedError as error:  # arithmetic on bytes, which names the tensor
+        assert str(error).count("\n") == 0
     except (RecipeError, CheckpointError) as error:
         for line in str(error).splitlines():
             assert line.startswith(f"{path}:"), line

@@ -184,10 +184,10 @@ def test_config_that_names_other_weights(single: Path) -> None:
 
 
 def test_unreadable_config(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def deny(path: Path) -> bytes:
+    def deny(path: Path, mode: str) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", deny)
+    monkeypatch.setattr(Path, "open", deny)
     assert refusal(single, "config.json") == "cannot be read: Permission denied"
 
 
@@ -297,7 +297,7 @@ def test_missing_shards(sharded: Path) -> None:
 
 
 def test_a_shard_name_longer_than_the_disk_allows(sharded: Path) -> None:
-    index(sharded, {"x": "n" * 300})
+    index(sharded, {"x": "n" * 300 + ".safetensors"})
     assert refusal(sharded).startswith("missing shard nnn")
 
 
@@ -358,9 +358,9 @@ def test_metadata_of_shards_is_joined(sharded: Path) -> None:
 
 def test_a_shard_that_is_a_folder(single: Path) -> None:
     (single / "model.safetensors").unlink()
-    (single / "m").mkdir()
-    index(single, {"a": "m"})
-    assert refusal(single, "m") == "not a regular file"
+    (single / "m.safetensors").mkdir()
+    index(single, {"a": "m.safetensors"})
+    assert refusal(single, "m.safetensors") == "not a regular file"
 
 
 # ---- links

@@ -29,7 +29,15 @@ def planned(text: str) -> Plan:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1234, "1.234 kB"), (999_499, "999.5 kB"), (269_055_360, "269.1 MB"), (5 * 10**12, "5 TB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1234, "1.234 kB"),
+        (999_499, "999.5 kB"),
+        (269_055_360, "269.1 MB"),
+        (5 * 10**12, "5 TB"),
+    ],
 )
 def test_sizes(count: int, text: str) -> None:
     assert size(count) == text
@@ -66,7 +74,10 @@ def test_a_seam_with_its_distances() -> None:
 
 def test_the_picture_of_a_stack() -> None:
     layers = [LayerRef(model="m", index=index) for index in (0, 1, 2, 1, 2, 3)]
-    seams = [Seam(at=3, from_model="m", from_boundary=3, to_model="m", to_boundary=1), Seam(at=6, from_model="m", from_boundary=4, to_model="m", to_boundary=5)]
+    seams = [
+        Seam(at=3, from_model="m", from_boundary=3, to_model="m", to_boundary=1),
+        Seam(at=6, from_model="m", from_boundary=4, to_model="m", to_boundary=5),
+    ]
     assert list(picture(layers, seams)) == [
         "  [0, 3)  ### 3 layers",
         "          ~ seam 3 -> 1",
@@ -121,7 +132,13 @@ def test_a_plan_and_its_report(byte_checkpoint: Callable[..., Path], tmp_path: P
     ]
     report = execute(plan, tmp_path / "out", progress=False)
     shown = report_text(report, tmp_path / "out").splitlines()
-    assert shown[:5] == ["m", "  layers      6 -> 3", "  kept        [0, 1) + [3, 4) + [5, 6)", "  seam        1 -> 3", "  seam        4 -> 5"]
+    assert shown[:5] == [
+        "m",
+        "  layers      6 -> 3",
+        "  kept        [0, 1) + [3, 4) + [5, 6)",
+        "  seam        1 -> 3",
+        "  seam        4 -> 5",
+    ]
     assert shown[-1] == f"  model       {tmp_path / 'out'}"
 
 

@@ -127,7 +127,8 @@ def test_planted_block_is_found(tmp_path: Path) -> None:
             model.model.layers[index].mlp.down_proj.weight.mul_(1e-3)
     model.save_pretrained(source)
     for metric in ("angular", "cosine"):
-        text = f"model: {source}\nmetric: {metric}\ncalibration: {{source: builtin, samples: 4, max_length: 64}}\nsteps: [{{prune: {{layers: 4}}}}]\n"
+        text = f"model: {source}\nmetric: {metric}\ncalibration: {{source: builtin, samples: 4, max_length: 64}}\n"
+        text += "steps: [{prune: {layers: 4}}]\n"
         recipe = write(tmp_path / f"{metric}.yaml", text)
         assert main(["run", str(recipe), "-q", "--out", str(tmp_path / metric)]) == 0
         assert read_report(tmp_path / metric).dropped == {str(source): (5, 6, 7, 8)}
@@ -137,7 +138,8 @@ def test_slices_with_auto_and_prune_are_one_plan(tiny: Callable[..., Path], tmp_
     source = tiny("llama", layers=8)
     text = "calibration: {source: builtin, samples: 4, max_length: 64}\n"
     pruned = write(tmp_path / "a.yaml", f"model: {source}\n{text}steps: [{{prune: {{layers: 3}}}}]\n")
-    sliced = write(tmp_path / "b.yaml", f"slices:\n- {{model: {source}, layer_range: [0, auto]}}\n- {{model: {source}, layer_range: [auto, 8]}}\ndepth: 5\n{text}")
+    slices = f"slices:\n- {{model: {source}, layer_range: [0, auto]}}\n- {{model: {source}, layer_range: [auto, 8]}}\n"
+    sliced = write(tmp_path / "b.yaml", f"{slices}depth: 5\n{text}")
     plans = []
     for recipe in (pruned, sliced):
         assert main(["plan", str(recipe), "-q", "-o", str(recipe.with_suffix(".json"))]) == 0
@@ -175,13 +177,22 @@ def test_evaluation_is_reported(tiny: Callable[..., Path], tmp_path: Path, capsy
 def test_static_output_does_not_depend_on_seed_or_threads(shards: int, byte_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     source = byte_checkpoint(shards=shards)
     (source / "tokenizer.json").write_text("{}")
-    recipe = write(tmp_path / "r.yaml", f"model: {source}\nsteps: [{{prune: {{at: [1, 3]}}}}, {{duplicate: {{at: 2, times: 2}}}}]\noutput: {{path: out, max_shard_size: 500}}\n")
+    recipe = write(
+        tmp_path / "r.yaml",
+        f"model: {source}\nsteps: [{{prune: {{at: [1, 3]}}}}, {{duplicate: {{at: 2, times: 2}}}}]\n"
+        "output: {path: out, max_shard_size: 500}\n",
+    )
     found = []
     for number, (seed, threads) in enumerate([("0", "1"), ("1", "2"), ("2", "1"), ("3", "2")]):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
         folder = tmp_path / f"run{number}"
         folder.mkdir()
-        subprocess.run([sys.executable, "-m", "layercut", "run", str(recipe), "-q"], cwd=folder, env={**environment, "PYTHONPATH": str(ROOT)}, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "layercut", "run", str(recipe), "-q"],
+            cwd=folder,
+            env={**environment, "PYTHONPATH": str(ROOT)},
+            check=True,
+        )
         found.append(digests(folder / "out"))
     assert found[1:] == found[:-1] and len(found[0]) > 5
 
@@ -195,3 +206,33 @@ def test_a_second_cut_of_a_cut(tiny: Callable[..., Path], tmp_path: Path) -> Non
     second = write(tmp_path / "b.yaml", f"model: {tmp_path / 'a'}\nsteps: [{{prune: {{at: 2}}}}]\noutput: {tmp_path / 'b'}\n")
     assert main(["run", str(first), "-q"]) == main(["run", str(second), "-q"]) == 0
     assert torch.equal(logits(reloaded(tmp_path / "b")), logits(rearranged(source, [0, 2, 4, 5])))
+
+
+def test_of_several_weight_sets_only_the_indexed_one_is_used(byte_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Repositories hold their weights two or three times over. The other sets are not even read: here they are not what they seem."""
+    source = byte_checkpoint(layers=6, shards=2)
+    plain = write(tmp_path / "plain.yaml", f"model: {source}\nsteps: [{{prune: {{at: 2}}}}]\n")
+    assert main(["run", str(plain), "-q", "--out", str(tmp_path / "plain")]) == 0
+    others = (
+        "consolidated.safetensors",
+        "model-00003-of-00003.safetensors",
+        "original/consolidated.00.pth",
+        "onnx/model.onnx",
+        "pytorch_model.bin",
+    )
+    for name in (*others, "original/params.json", "params.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"\xff" * 9)
+    again = write(tmp_path / "again.yaml", f"model: {source}\nsteps: [{{prune: {{at: 2}}}}]\n")
+    assert main(["run", str(again), "-q", "--out", str(tmp_path / "again")]) == 0
+    before, after = (digests(tmp_path / name) for name in ("plain", "again"))
+    assert after.keys() - before.keys() == {"params.json"}
+    assert {name: after[name] for name in before if name != "layercut.json"} == {
+        name: before[name] for name in before if name != "layercut.json"
+    }
+    uncut = "weights of the uncut model, in another format or copy"
+    listed = {item.what: item.reason for item in read_report(tmp_path / "again").left_out}
+    assert listed == {
+        "layer 2 (2 tensors, model.layers.*)": "not in the stack that the recipe asks for",
+        **dict.fromkeys(["consolidated.safetensors", "model-00003-of-00003.safetensors", "onnx/", "original/", "pytorch_model.bin"], uncut),
+    }

@@ -25,8 +25,9 @@ from safetensors.numpy import load_file
 
 from layercut import arithmetic, executor
 from layercut.checkpoint import open_checkpoint
+from layercut.copying import SourceFiles
 from layercut.errors import CheckpointError, LayercutError, OutputError
-from layercut.executor import execute
+from layercut.executor import KEPT, execute
 from layercut.header import encode_header
 from layercut.plan import Actions, Companion, LeftOut, OutputFile, Part, Plan, Source, TensorCopy, TensorMade
 from layercut.report import VOLATILE, read_report
@@ -149,9 +150,19 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: array.tobytes() for path in sorted(folder.glob("*.safetensors")) for name, array in load_file(path).items()}
 
 
+STAGING = ".out.layercut-partial"
+
+
+def beside(folder: Path) -> dict[str, str]:
+    """The tree without the staging, of which there must be one to go on from."""
+    found = tree(folder)
+    assert f"{STAGING}/journal" in found and f"{STAGING}/content" in found
+    return {name: what for name, what in found.items() if not name.startswith(STAGING)}
+
+
 def failing(monkeypatch, error, after=0):
     """Make the copy raise after some calls."""
-    real, calls = executor.SourceFiles.copy, []
+    real, calls = SourceFiles.copy, []
 
     def copy(self, *args):
         calls.append(args)
@@ -159,7 +170,7 @@ def failing(monkeypatch, error, after=0):
             raise error
         real(self, *args)
 
-    monkeypatch.setattr(executor.SourceFiles, "copy", copy)
+    monkeypatch.setattr(SourceFiles, "copy", copy)
 
 
 @pytest.fixture
@@ -255,8 +266,8 @@ def test_neighbours_are_copied_in_one_call(source, tmp_path, monkeypatch):
     folder = tmp_path / "one"
     write_checkpoint(folder, byte_tensors(6, "one"), {"num_hidden_layers": 6})
     plan = plan_for({"one": folder}, [("one", 0), ("one", 1), ("one", 2), ("one", 5)])
-    real, calls = executor.SourceFiles.copy, []
-    monkeypatch.setattr(executor.SourceFiles, "copy", lambda self, part, *rest: calls.append(part) or real(self, part, *rest))
+    real, calls = SourceFiles.copy, []
+    monkeypatch.setattr(SourceFiles, "copy", lambda self, part, *rest: calls.append(part) or real(self, part, *rest))
     execute(plan, tmp_path / "out", progress=False)
     # embeddings | norm and head | layers 0 to 2 | layer 5: two tensors of 64 bytes a layer
     assert [part.end - part.begin for part in calls] == [64, 128, 3 * 128, 128]
@@ -409,8 +420,8 @@ def test_computed_and_copied_tensors_stand_in_order(made_plan, tmp_path):
 
 
 def test_computed_tensors_break_a_slice_and_nothing_else_does(made_plan, tmp_path, monkeypatch):
-    real, calls = executor.SourceFiles.copy, []
-    monkeypatch.setattr(executor.SourceFiles, "copy", lambda self, part, *rest: calls.append(part) or real(self, part, *rest))
+    real, calls = SourceFiles.copy, []
+    monkeypatch.setattr(SourceFiles, "copy", lambda self, part, *rest: calls.append(part) or real(self, part, *rest))
     execute(made_plan, tmp_path / "out", progress=False)
     # embeddings | layers 0 computed | 1.a | 1.b zero | layer 2
     assert [part.end - part.begin for part in calls] == [128, 64, 128]
@@ -481,7 +492,7 @@ def test_memory_does_not_grow_with_a_computed_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
-def test_an_error_in_the_middle_of_a_computed_tensor_leaves_nothing(made_plan, tmp_path, monkeypatch, error):
+def test_an_error_in_the_middle_of_a_computed_tensor(made_plan, tmp_path, monkeypatch, error):
     monkeypatch.setattr(arithmetic, "PIECE", 5)
     before, real, calls = tree(tmp_path), arithmetic.write_at, []
 
@@ -495,10 +506,13 @@ def test_an_error_in_the_middle_of_a_computed_tensor_leaves_nothing(made_plan, t
     with pytest.raises((OutputError, KeyboardInterrupt)) as caught:
         execute(made_plan, tmp_path / "out", progress=False)
     assert calls == [20, 20, 20]
-    if isinstance(error, OSError):
-        message = "cannot be written: No space left on device; free some space and run again"
-        assert str(caught.value) == f"{tmp_path}/out/model.safetensors: {message}"
-    assert tree(tmp_path) == before
+    message = f"{tmp_path}/out/model.safetensors: cannot be written: No space left on device; free some space; {KEPT}"
+    assert str(caught.value) == (message if isinstance(error, OSError) else KEPT)
+    assert beside(tmp_path) == before
+    monkeypatch.undo()
+    execute(made_plan, tmp_path / "out", progress=False)
+    execute(made_plan, tmp_path / "clean", progress=False)
+    assert stable(tmp_path / "out") == stable(tmp_path / "clean")
 
 
 def test_an_overflow_leaves_nothing(floats, tmp_path):
@@ -514,13 +528,13 @@ def test_an_overflow_leaves_nothing(floats, tmp_path):
 
 
 def test_a_source_that_changes_while_it_is_computed_with(made_plan, floats, tmp_path, monkeypatch):
-    real, path = executor.SourceFiles.read, floats / "model-00001-of-00002.safetensors"
+    real, path = SourceFiles.read, floats / "model-00001-of-00002.safetensors"
 
     def read(self, part):
         os.utime(path, ns=(1, 1))
         return real(self, part)
 
-    monkeypatch.setattr(executor.SourceFiles, "read", read)
+    monkeypatch.setattr(SourceFiles, "read", read)
     with pytest.raises(CheckpointError, match=rf"^{path}: was changed while it was copied"):
         execute(made_plan, tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["floats"]
@@ -809,7 +823,7 @@ def test_a_source_that_is_gone(plan, source, tmp_path):
 
 
 def test_a_source_that_is_truncated_while_it_is_copied(plan, source, tmp_path, monkeypatch):
-    real = executor.SourceFiles.copy
+    real = SourceFiles.copy
     path = source / "model-00002-of-00002.safetensors"
 
     def copy(self, part, *rest):
@@ -817,14 +831,14 @@ def test_a_source_that_is_truncated_while_it_is_copied(plan, source, tmp_path, m
             os.truncate(path, part.begin + 5)
         real(self, part, *rest)
 
-    monkeypatch.setattr(executor.SourceFiles, "copy", copy)
+    monkeypatch.setattr(SourceFiles, "copy", copy)
     with pytest.raises(CheckpointError, match=rf"^{path}: ended early: \d+ bytes are missing from byte \d+ on; plan again$"):
         execute(plan, tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_source_that_is_written_to_while_it_is_copied(plan, source, tmp_path, monkeypatch):
-    real = executor.SourceFiles.copy
+    real = SourceFiles.copy
     path = source / "tokenizer.json"
 
     def copy(self, part, *rest):
@@ -832,7 +846,7 @@ def test_a_source_that_is_written_to_while_it_is_copied(plan, source, tmp_path, 
         if part.path == path:
             os.utime(path, ns=(1, 1))
 
-    monkeypatch.setattr(executor.SourceFiles, "copy", copy)
+    monkeypatch.setattr(SourceFiles, "copy", copy)
     with pytest.raises(CheckpointError) as caught:
         execute(plan, tmp_path / "out", progress=False)
     assert str(caught.value) == f"{path}: was changed while it was copied; run again when nothing writes to it"
@@ -976,22 +990,24 @@ def test_a_companion_that_leads_out_of_its_folder(plan, source, tmp_path):
 @pytest.mark.parametrize(
     ("code", "tail"),
     [
-        (errno.ENOSPC, "No space left on device; free some space and run again"),
-        (errno.EDQUOT, "Disk quota exceeded; free some space and run again"),
+        (errno.ENOSPC, "No space left on device; free some space"),
+        (errno.EDQUOT, "Disk quota exceeded; free some space"),
         (errno.EIO, "Input/output error"),
         (errno.EACCES, "Permission denied"),
         (errno.EROFS, "Read-only file system"),
     ],
 )
-def test_an_error_half_way_leaves_nothing(plan, source, tmp_path, monkeypatch, code, tail):
-    before = tree(tmp_path)
+def test_an_error_half_way_keeps_what_was_written(plan, source, tmp_path, monkeypatch, code, tail):
+    before = tree(source)
     failing(monkeypatch, OSError(code, os.strerror(code)), after=2)
     with pytest.raises(OutputError) as caught:
         execute(plan, tmp_path / "new" / "out", progress=False)
-    assert str(caught.value) == f"{tmp_path}/new/out/model-00002-of-00003.safetensors: cannot be written: {tail}"
-    assert tree(tmp_path) == before
+    assert str(caught.value) == f"{tmp_path}/new/out/model-00002-of-00003.safetensors: cannot be written: {tail}; {KEPT}"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [STAGING]
+    assert tree(source) == before
     monkeypatch.undo()
     execute(plan, tmp_path / "new" / "out", progress=False)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
     assert weights(tmp_path / "new" / "out") == expected_weights([("source", index) for index in (0, 1, 4, 5)])
 
 
@@ -1003,30 +1019,36 @@ def test_an_error_of_the_disk_names_both_files(plan, source, tmp_path, monkeypat
     with pytest.raises(OutputError) as caught:
         execute(plan, tmp_path / "out", progress=False)
     names = f"{tmp_path}/out/model-00001-of-00003.safetensors", f"{source}/model-00001-of-00002.safetensors"
-    assert str(caught.value) == f"{names[0]}: cannot be written: Input/output error (copying from {names[1]})"
+    assert str(caught.value) == f"{names[0]}: cannot be written: Input/output error (copying from {names[1]}); {KEPT}"
 
 
 @pytest.mark.parametrize("after", [0, 2, 5])
-def test_an_interrupt_leaves_nothing(plan, tmp_path, monkeypatch, after):
+def test_an_interrupt_keeps_what_was_written(plan, tmp_path, monkeypatch, after):
     before = tree(tmp_path)
     failing(monkeypatch, KeyboardInterrupt(), after)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         execute(plan, tmp_path / "out", progress=False)
-    assert tree(tmp_path) == before
+    assert caught.value.args == (KEPT,)
+    assert beside(tmp_path) == before
+    monkeypatch.undo()
+    execute(plan, tmp_path / "out", progress=False)
+    execute(plan, tmp_path / "clean", progress=False)
+    assert stable(tmp_path / "out") == stable(tmp_path / "clean")
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from layercut import arithmetic, executor
+from layercut import executor
+from layercut.copying import SourceFiles
 from layercut.plan import Plan
-real, calls = executor.SourceFiles.copy, []
+real, calls = SourceFiles.copy, []
 def copy(self, *args):
     calls.append(args)
     if len(calls) == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, *args)
-executor.SourceFiles.copy = copy
+SourceFiles.copy = copy
 executor.execute(Plan.from_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), progress=False)
 """
 
@@ -1046,7 +1068,7 @@ def test_a_killed_run_has_no_final_name_and_the_next_one_finishes(plan, tmp_path
 
 
 def test_what_was_written_wrong_gets_no_name(plan, tmp_path, monkeypatch):
-    real = executor.SourceFiles.check_unchanged
+    real = SourceFiles.check_unchanged
 
     def damage(self):
         path = tmp_path / ".out.layercut-partial" / "content" / "model-00001-of-00003.safetensors"
@@ -1054,24 +1076,32 @@ def test_what_was_written_wrong_gets_no_name(plan, tmp_path, monkeypatch):
         path.write_bytes(data.replace(b'"pt"', b'"px"'))
         real(self)
 
-    monkeypatch.setattr(executor.SourceFiles, "check_unchanged", damage)
+    before = tree(tmp_path)
+    monkeypatch.setattr(SourceFiles, "check_unchanged", damage)
     with pytest.raises(OutputError) as caught:
         execute(plan, tmp_path / "out", progress=False)
-    assert str(caught.value) == f"{tmp_path}/out/model-00001-of-00003.safetensors: is not what was written; check the disk and run again"
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert str(caught.value) == f"{tmp_path}/out/model-00001-of-00003.safetensors: is not what was written; check the disk; {KEPT}"
+    assert beside(tmp_path) == before
+    monkeypatch.undo()
+    execute(plan, tmp_path / "out", progress=False)
+    assert weights(tmp_path / "out") == expected_weights([("source", index) for index in (0, 1, 4, 5)])
 
 
 def test_what_cannot_be_read_back_gets_no_name(plan, tmp_path, monkeypatch):
-    real = executor.SourceFiles.check_unchanged
+    real = SourceFiles.check_unchanged
 
     def damage(self):
         os.truncate(tmp_path / ".out.layercut-partial" / "content" / "model-00001-of-00003.safetensors", 100)
         real(self)
 
-    monkeypatch.setattr(executor.SourceFiles, "check_unchanged", damage)
-    with pytest.raises(OutputError, match=rf"^{tmp_path}/out: what was written cannot be read back: .*truncated"):
+    before = tree(tmp_path)
+    monkeypatch.setattr(SourceFiles, "check_unchanged", damage)
+    with pytest.raises(OutputError, match=rf"^{tmp_path}/out: what was written cannot be read back: .*truncated.*; {re.escape(KEPT)}$"):
         execute(plan, tmp_path / "out", progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert beside(tmp_path) == before
+    monkeypatch.undo()
+    execute(plan, tmp_path / "out", progress=False)
+    assert weights(tmp_path / "out") == expected_weights([("source", index) for index in (0, 1, 4, 5)])
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(plan, tmp_path, monkeypatch):
@@ -1155,6 +1185,14 @@ def test_a_folder_that_is_filled_meanwhile_is_not_replaced(plan, tmp_path, monke
     with pytest.raises(OutputError, match="cannot be written: Directory not empty"):
         execute(plan, tmp_path / "out", progress=False)
     assert tree(tmp_path / "out").keys() == {"mine"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [STAGING, "out", "source"]
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=r"/ is not empty; choose another folder or pass --overwrite$"):
+        execute(plan, tmp_path / "out", progress=False)
+    assert tree(tmp_path) == before
+    monkeypatch.undo()
+    monkeypatch.setattr(SourceFiles, "copy", None)  # all of it is there
+    execute(plan, tmp_path / "out", overwrite=True, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
@@ -1181,7 +1219,7 @@ def test_an_error_keeps_the_older_folder(plan, tmp_path, occupied, monkeypatch):
     failing(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), after=2)
     with pytest.raises(OutputError, match="No space left on device"):
         execute(plan, occupied, overwrite=True, progress=False)
-    assert tree(tmp_path) == before
+    assert beside(tmp_path) == before
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), KeyboardInterrupt()])
@@ -1198,7 +1236,11 @@ def test_a_rename_that_fails_brings_the_older_folder_back(plan, tmp_path, occupi
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OutputError):
         execute(plan, occupied, overwrite=True, progress=False)
-    assert tree(tmp_path) == before
+    assert beside(tmp_path) == before
+    monkeypatch.undo()
+    execute(plan, occupied, overwrite=True, progress=False)
+    assert weights(occupied) == expected_weights([("source", index) for index in (0, 1, 4, 5)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -123,7 +123,8 @@ def test_cross_model_boundaries_find_a_planted_hand_over(tiny: Make, tmp_path: P
     first = planted(tmp_path / "first", base, [still, step, *theirs[2:]])
     second = planted(tmp_path / "second", base, [step, still, *mine[2:]])
     text = (
-        f"models: {{one: {first}, two: {second}}}\nslices:\n- {{model: one, layer_range: [0, auto]}}\n- {{model: two, layer_range: [auto, end]}}\n"
+        f"models: {{one: {first}, two: {second}}}\nslices:\n"
+        "- {model: one, layer_range: [0, auto]}\n- {model: two, layer_range: [auto, end]}\n"
         "depth: 6\ncalibration: {source: builtin, samples: 4, max_length: 64}\nmetric: {name: angular, token: all}\n"
     )
     recipe = write(tmp_path / "r.yaml", f"{text}output: {tmp_path / 'out'}\n")

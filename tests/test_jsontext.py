@@ -35,8 +35,8 @@ def test_keys_with_escapes() -> None:
     assert replace(text, {('é"\\',): 5}) == '{"\\u00e9\\"\\\\": 5, "a}b": 2}'
 
 
-@pytest.mark.parametrize("path", [("z",), ("b", "c"), ("a", "0"), ("nested", "z"), ("nested", "e", "x")])
-def test_paths_that_do_not_exist(path: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("path", [("b", "c"), ("a", "0"), ("nested", "e", "x"), ("z", "y"), ("nested", "z", "y")])
+def test_paths_that_lead_through_no_object(path: tuple[str, ...]) -> None:
     with pytest.raises(KeyError):
         replace(TEXT, {path: 1})
 
@@ -102,3 +102,42 @@ def test_one_value_changes_and_no_other_byte(before: dict[str, Any], value: Any,
 def test_a_value_written_over_itself_keeps_the_data(before: dict[str, Any], indent: Any) -> None:
     text = json.dumps(before, indent=indent)
     assert json.loads(replace(text, {(key,): value for key, value in before.items()})) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "value", "after"),
+    [
+        ('{"a": 1}', ("b",), 2, '{"a": 1, "b": 2}'),
+        ('{"a":1}', ("b",), [1], '{"a":1, "b": [1]}'),
+        ('{ "a": 1 }', ("b",), 2, '{ "a": 1, "b": 2 }'),
+        ('{\n  "a": 1\n}\n', ("b",), False, '{\n  "a": 1,\n  "b": false\n}\n'),
+        ('{\r\n\t"a": 1\r\n}', ("b",), None, '{\r\n\t"a": 1,\r\n\t"b": null\r\n}'),
+        ('{\n  "a": {"c": 1},\n  "d": 2\n}', ("a", "é"), "ü", '{\n  "a": {"c": 1, "é": "ü"},\n  "d": 2\n}'),
+        ('{\n  "a": {\n    "c": [1,\n 2]\n  }\n}', ("a", "b"), 1, '{\n  "a": {\n    "c": [1,\n 2],\n    "b": 1\n  }\n}'),
+        ('{"a": "}", "b": "\\"}"}', ("c",), 1, '{"a": "}", "b": "\\"}", "c": 1}'),
+    ],
+)
+def test_a_new_key_goes_to_the_end_of_its_object(text: str, path: tuple[str, ...], value: Any, after: str) -> None:
+    assert replace(text, {path: value}) == after
+
+
+def test_new_keys_and_new_values_at_once() -> None:
+    text = '{\n  "a": 1,\n  "n": {"x": [1, 2]}\n}'
+    after = replace(text, {("b",): 2, ("a",): 100, ("n", "y"): 3, ("n", "x"): [], ("c",): 4})
+    assert after == '{\n  "a": 100,\n  "n": {"x": [], "y": 3},\n  "b": 2,\n  "c": 4\n}'
+
+
+def test_an_object_without_members_gives_no_layout() -> None:
+    with pytest.raises(KeyError, match="no member to write b after"):
+        replace('{"a": {}}', {("a", "b"): 1})
+
+
+@given(objects, st.text(max_size=5), values, st.sampled_from([None, 0, 1, 2, "\t"]), st.booleans())
+def test_inserting_leaves_every_other_byte(before: dict[str, Any], key: str, value: Any, indent: Any, escaped: bool) -> None:
+    text = json.dumps(before, indent=indent, ensure_ascii=escaped)
+    after = replace(text, {(key,): value})
+    assert json.loads(after) == {**before, key: value}
+    assert list(json.loads(after)) == list({**before, key: value})
+    if key not in before:
+        last = list(spans(text).values())[-1].stop
+        assert after.startswith(text[:last]) and after.endswith(text[last:])

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from layercut.architecture import Member, find_stack
 from layercut.checkpoint import open_checkpoint
+from layercut.ends import find_ends
 from layercut.errors import LayercutError, RefusedError
 from layercut.header import ITEM_BITS
-from layercut.layout import Layout, lay_out, split
-from layercut.operations import OPERATIONS, apply_all
-from layercut.plan import LeftOut, OutputFile, TensorCopy
-from layercut.stack import LayerRef, Stack
+from layercut.layout import Cast, Layout, Layouter
+from layercut.operations import OPERATIONS, Wish, apply_all
+from layercut.plan import LeftOut, OutputFile, Part, TensorCopy, TensorMade
+from layercut.scalings import Groups
+from layercut.stack import Block, LayerRef, Scaling, Share, Stack
 
 LARGE = 10**9
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -40,6 +42,14 @@ def zeros(shapes: Shapes) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 def refs(*indices: int, model: str = "m") -> Stack:
     return tuple(LayerRef(model=model, index=index) for index in indices)
+
+
+def lay_out(
+    members: Mapping[str, Member], order: Stack, limit: int = LARGE, cast: Cast | None = None, scalings: tuple[Groups, Groups] = ((), ())
+) -> Layout:
+    """The layout of a stack between the ends of its first and its last model."""
+    first, last = order[0].model, order[-1].model
+    return Layouter(members, order, cast or Cast()).lay_out(find_ends(members, first, first, last), limit, scalings)
 
 
 def names(layout: Layout) -> list[str]:
@@ -166,43 +176,6 @@ def test_every_file_is_aligned_without_holes(tmp_path_factory: pytest.TempPathFa
         assert len(file.tensors) == 1 or sum(tensor.end - tensor.begin for tensor in file.tensors) <= limit
 
 
-@pytest.mark.parametrize(
-    ("name", "behind"),
-    [
-        ("model.norm.weight", True),
-        ("lm_head.weight", True),
-        ("transformer.ln_f.weight", True),
-        ("ln_f.bias", True),
-        ("model.final_layernorm.weight", True),
-        ("gpt_neox.final_layer_norm.weight", True),
-        ("model.decoder.final_layer_norm.weight", True),
-        ("backbone.norm_f.weight", True),
-        ("embed_out.weight", True),
-        ("output.weight", True),
-        ("score.weight", True),
-        ("classifier.dense.weight", True),
-        ("model.decoder.project_out.weight", True),
-        ("language_model.lm_head.weight", True),
-        ("model.embed_tokens.weight", False),
-        ("transformer.wte.weight", False),
-        ("transformer.wpe.weight", False),
-        ("embeddings.word_embeddings.weight", False),
-        ("embeddings.LayerNorm.weight", False),
-        ("transformer.word_embeddings_layernorm.weight", False),
-        ("model.rotary_emb.inv_freq", False),
-        ("multi_modal_projector.linear_1.weight", False),
-    ],
-)
-def test_what_stands_before_the_layers_and_what_behind(tmp_path: Path, name: str, behind: bool) -> None:
-    source = member(tmp_path / "m", zeros({"model.layers.0.w": ("U8", (1,)), name: ("U8", (1,))}), 1)
-    parts = split(source.checkpoint, source.stack)
-    assert [tensor.name for tensor in parts.behind] == ([name] if behind else [])
-    assert [tensor.name for tensor in parts.before] == ([] if behind else [name])
-    assert names(lay_out({"m": source}, refs(0, 0), LARGE)) == (
-        ["model.layers.0.w", "model.layers.1.w", name] if behind else [name, "model.layers.0.w", "model.layers.1.w"]
-    )
-
-
 def test_layers_that_differ_in_their_tensors(tmp_path: Path) -> None:
     shapes: Shapes = {"h.0.a": ("U8", (1,)), "h.0.b": ("U8", (2,)), "h.1.a": ("U8", (3,)), "h.1.experts.0.w": ("U8", (4,))}
     source = member(tmp_path / "m", zeros(shapes), 2)
@@ -217,6 +190,7 @@ def test_layers_that_differ_in_their_tensors(tmp_path: Path) -> None:
 
 MTP = "multi-token-prediction layer: the library reads it at one fixed index only"
 GONE = "not in the stack that the recipe asks for"
+ENDS = "embeddings and head come from the ends of the stack"
 
 
 def test_layers_that_are_left_out_are_named_with_their_reason(tmp_path: Path) -> None:
@@ -225,9 +199,13 @@ def test_layers_that_are_left_out_are_named_with_their_reason(tmp_path: Path) ->
     assert source.stack.extra == 1
     layout = lay_out({"m": source}, refs(0, 2, 2), LARGE)
     assert layout.left_out == (
-        LeftOut(model="m", what="layer 1 (2 tensors, model.layers.1.*)", reason=GONE),
-        LeftOut(model="m", what="layer 3 (2 tensors, model.layers.3.*)", reason=GONE),
-        LeftOut(model="m", what="layer 4 (1 tensor, model.layers.4.*)", reason=MTP),
+        LeftOut(model="m", what="layer 1 (2 tensors, model.layers.*)", reason=GONE),
+        LeftOut(model="m", what="layer 3 (2 tensors, model.layers.*)", reason=GONE),
+        LeftOut(model="m", what="layer 4 (1 tensor, model.layers.*)", reason=MTP),
+    )
+    assert lay_out({"m": source}, refs(3), LARGE).left_out == (
+        LeftOut(model="m", what="layers 0 to 2 (6 tensors, model.layers.*)", reason=GONE),
+        LeftOut(model="m", what="layer 4 (1 tensor, model.layers.*)", reason=MTP),
     )
     assert "model.layers.4.eh_proj" not in names(layout)
     whole = lay_out({"m": source}, refs(0, 1, 2, 3), LARGE)
@@ -245,10 +223,10 @@ def test_two_models_give_what_stands_before_and_behind(tmp_path: Path) -> None:
     assert origins["model.norm.weight"] == origins["lm_head.weight"] == "b"
     assert [(left.model, left.what.partition(" (")[0], left.reason) for left in layout.left_out] == [
         ("a", "layer 1", GONE),
-        ("a", "model.norm.weight", "taken from 'b'"),
-        ("a", "lm_head.weight", "taken from 'b'"),
+        ("a", "model.norm.weight", ENDS),
+        ("a", "lm_head.weight", ENDS),
         ("b", "layer 0", GONE),
-        ("b", "model.embed_tokens.weight", "taken from 'a'"),
+        ("b", "model.embed_tokens.weight", ENDS),
     ]
 
 
@@ -268,8 +246,16 @@ class Site:
     def error(self, message: str, *path: str | int, hint: str | None = None) -> LayercutError:
         return LayercutError(message, hint=hint)
 
-    def block(self, length: int, count: int, build: Any, metric: Any, verb: str) -> int:
-        return self.start % count
+    def choose(self, wish: Wish) -> tuple[Block, ...]:
+        count, depth = wish.budget["layers"], len(wish.stack)
+        if count >= depth:
+            raise self.error("too many")
+        return (Block(self.start % (depth - count), self.start % (depth - count) + count),)
+
+    def tensors(self, layer: LayerRef) -> tuple[str, ...]:
+        return (f"model.layers.{layer.index}.self_attn.o_proj.weight",)
+
+    outputs = tensors
 
 
 steps = st.lists(
@@ -295,11 +281,14 @@ def test_every_tensor_of_the_source_is_in_the_output_or_listed(twelve: Member, s
             continue
     layout = lay_out({"m": twelve}, stack, limit)
     taken = {(tensor.file, tensor.begin, tensor.end) for file in layout.files for tensor in file.tensors}
-    listed = {left.what.partition("(")[0].strip() for left in layout.left_out}
+    listed: set[int] = set()
+    for left in layout.left_out:
+        first, _, last = left.what.partition(" (")[0].removeprefix("layers ").removeprefix("layer ").partition(" to ")
+        listed |= set(range(int(first), int(last or first) + 1))
     for tensor in twelve.checkpoint.tensors.values():
         place = twelve.stack.place(tensor.name)
         in_output = (tensor.file, tensor.begin, tensor.end) in taken
-        in_list = place is not None and f"layer {place.layer}" in listed
+        in_list = place is not None and place.layer in listed
         assert in_output != in_list, tensor.name
     written = names(layout)
     assert len(written) == len(set(written)) == 3 + 2 * len(stack)
@@ -308,3 +297,174 @@ def test_every_tensor_of_the_source_is_in_the_output_or_listed(twelve: Member, s
             place = twelve.stack.place(tensor.name)
             if place is not None:
                 assert content(twelve, tensor).startswith(f"m:{stack[place.layer].index}:{place.rest};".encode())
+
+
+# Arithmetic
+
+
+def numbers(layers: int = 2, dtype: str = "BF16") -> Any:
+    """Floating-point layers with an integer buffer, and ends."""
+    shapes: Shapes = {"model.embed_tokens.weight": (dtype, (4, 2))}
+    for layer in range(layers):
+        shapes[f"model.layers.{layer}.mlp.up_proj.weight"] = (dtype, (2, 2))
+        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (dtype, (2, 3))
+        shapes[f"model.layers.{layer}.position_ids"] = ("I64", (2,))
+    return zeros({**shapes, "model.norm.weight": (dtype, (2,)), "lm_head.weight": (dtype, (4, 2))})
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory: pytest.TempPathFactory) -> Member:
+    return member(tmp_path_factory.mktemp("numbers") / "m", numbers(), 2)
+
+
+def entry(layout: Layout, name: str) -> TensorCopy | TensorMade:
+    return next(tensor for file in layout.files for tensor in file.tensors if tensor.name == name)
+
+
+def made(layout: Layout) -> list[str]:
+    return [tensor.name for file in layout.files for tensor in file.tensors if isinstance(tensor, TensorMade)]
+
+
+def scaled(index: int, *groups: tuple[tuple[str, float], ...]) -> LayerRef:
+    return LayerRef(model="m", index=index, scalings=tuple(tuple(Scaling(tensors=t, by=by) for t, by in group) for group in groups))
+
+
+UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
+INTS = ["model.layers.0.position_ids", "model.layers.1.position_ids"]
+
+
+@pytest.mark.parametrize(
+    ("cast", "dtype", "compute"),
+    [
+        (Cast("F32"), "F32", "F32"),
+        (Cast("F16"), "F16", "F16"),
+        (Cast("F32", "BF16"), "BF16", "F32"),
+        (Cast(None, "F16"), "F16", None),
+        (Cast("F64", "F32"), "F32", "F64"),
+        (Cast("BF16", "F16"), "F16", None),
+    ],
+)
+def test_a_cast_makes_every_floating_point_tensor_and_no_other(cast: Cast, dtype: str, compute: str | None, bf16: Member) -> None:
+    layout = lay_out({"m": bf16}, refs(1, 0), cast=cast)
+    assert [name for name in names(layout) if name not in made(layout)] == INTS
+    for name in made(layout):
+        tensor = entry(layout, name)
+        assert isinstance(tensor, TensorMade)
+        assert (tensor.dtype, tensor.compute, tensor.factors, len(tensor.parts)) == (dtype, compute, (), 1)
+    source = bf16.checkpoint.tensors["model.layers.1.mlp.up_proj.weight"]
+    part = Part(model="m", file=source.file, begin=source.begin, end=source.end, dtype="BF16", weight=1)
+    assert entry(layout, UP) == TensorMade(name=UP, dtype=dtype, shape=(2, 2), parts=(part,), compute=compute)
+
+
+@pytest.mark.parametrize("cast", [Cast(), Cast("BF16"), Cast(None, "BF16"), Cast("BF16", "BF16")])
+def test_a_cast_to_what_it_is_already_copies(cast: Cast, bf16: Member) -> None:
+    assert made(lay_out({"m": bf16}, refs(1, 0), cast=cast)) == []
+
+
+def test_tensors_of_other_dtypes_are_cast_each_by_itself(tmp_path: Path) -> None:
+    shapes: Shapes = {
+        "h.0.a": ("F32", (2,)),
+        "h.0.b": ("BF16", (2,)),
+        "h.0.c": ("F8_E4M3", (4,)),
+        "h.0.d": ("U8", (4,)),
+        "h.0.e": ("F64", (1,)),
+    }
+    layout = lay_out({"m": member(tmp_path / "m", zeros(shapes), 1)}, refs(0), cast=Cast("BF16"))
+    assert sorted(made(layout)) == ["h.0.a", "h.0.e"]
+    assert {tensor.name: tensor.dtype for file in layout.files for tensor in file.tensors} == {
+        "h.0.a": "BF16", "h.0.b": "BF16", "h.0.c": "F8_E4M3", "h.0.d": "U8", "h.0.e": "BF16",
+    }  # fmt: skip
+
+
+def test_factors_make_the_tensors_that_they_name(bf16: Member) -> None:
+    order = (scaled(1, (("*.up_proj.weight", 0.5),), (("*.mlp.*", 3), ("*", 9)), (("*.position_ids", 1),)), LayerRef(model="m", index=0))
+    with pytest.raises(RefusedError) as caught:
+        lay_out({"m": bf16}, order)
+    assert str(caught.value) == "model.layers.1.position_ids: arithmetic on I64 is refused: quantised weights are not what they say"
+    layout = lay_out({"m": bf16}, (scaled(1, (("*.up_proj.weight", 0.5),), (("*.mlp.*", 3),)), LayerRef(model="m", index=0)))
+    assert made(layout) == [UP, DOWN]
+    up, down = entry(layout, UP), entry(layout, DOWN)
+    assert isinstance(up, TensorMade) and isinstance(down, TensorMade)
+    assert (up.factors, up.dtype, up.compute) == ((0.5, 3.0), "BF16", None)
+    assert down.factors == (3.0,)
+    assert [part.begin for part in up.parts] == [bf16.checkpoint.tensors["model.layers.1.mlp.up_proj.weight"].begin]
+
+
+def test_factors_of_one_copy_and_zeros_read_nothing(bf16: Member) -> None:
+    assert made(lay_out({"m": bf16}, (scaled(0, (("*", 1),)), LayerRef(model="m", index=1)))) == []
+    layout = lay_out({"m": bf16}, (scaled(0, (("*.up_proj.*", 7),), (("*.up_proj.*", 0),)), LayerRef(model="m", index=1)), cast=Cast("F32"))
+    assert entry(layout, UP) == TensorMade(name=UP, dtype="F32", shape=(2, 2), parts=(), factors=())
+
+
+def test_factors_go_by_the_name_in_the_source(bf16: Member) -> None:
+    layout = lay_out({"m": bf16}, (LayerRef(model="m", index=1), scaled(0, (("model.layers.0.mlp.up*", 2),))))
+    assert made(layout) == ["model.layers.1.mlp.up_proj.weight"]
+
+
+def test_factors_of_the_ends(bf16: Member) -> None:
+    by = (((Scaling(tensors="*embed*", by=2),),), ((Scaling(tensors="*norm*", by=0.5), Scaling(tensors="*", by=3)),))
+    layout = lay_out({"m": bf16}, refs(0, 1), scalings=by)
+    found = {name: tensor.factors for name in made(layout) if isinstance(tensor := entry(layout, name), TensorMade)}
+    assert found == {"model.embed_tokens.weight": (2.0,), "model.norm.weight": (0.5,), "lm_head.weight": (3.0,)}
+
+
+def test_averages_list_their_parts_in_the_order_of_the_recipe(bf16: Member) -> None:
+    shares = (Share(model="m", index=1, weight=0.75), Share(model="m", index=0, weight=0.25))
+    merged = LayerRef(model="m", index=0, span=2, shares=shares)
+    with pytest.raises(RefusedError, match=r"^model\.layers\.1\.position_ids: arithmetic on I64 is refused"):
+        lay_out({"m": bf16}, (merged,))
+
+
+def test_averages(tmp_path: Path) -> None:
+    shapes: Shapes = {f"model.layers.{layer}.{name}": ("F32", (2,)) for layer in range(3) for name in ("a", "b")}
+    source = member(tmp_path / "m", zeros(shapes), 3)
+    shares = (Share(model="m", index=2, weight=0.75), Share(model="m", index=0, weight=0.25))
+    merged = LayerRef(model="m", index=0, shares=shares, scalings=((Scaling(tensors="model.layers.0.a", by=2),),))
+    layout = lay_out({"m": source}, (merged, LayerRef(model="m", index=1)))
+    assert names(layout) == ["model.layers.0.a", "model.layers.0.b", "model.layers.1.a", "model.layers.1.b"]
+    made_a, made_b = (entry(layout, f"model.layers.0.{name}") for name in "ab")
+    assert isinstance(made_a, TensorMade) and isinstance(made_b, TensorMade)
+    tensors = source.checkpoint.tensors
+    assert [(part.begin, part.weight) for part in made_b.parts] == [
+        (tensors["model.layers.2.b"].begin, 0.75),
+        (tensors["model.layers.0.b"].begin, 0.25),
+    ]
+    assert made_b.factors == ()
+    assert made_a.factors == (2.0,)  # named as in the layer that it stands for, whichever was written first
+    assert layout.left_out == ()  # all three layers reach the output
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"h.1.a": ("F32", (3,)), "h.1.b": ("F32", (2,))}, "h.0.a: tensors of different kinds cannot be averaged: F32 [2] and F32 [3]"),
+        ({"h.1.a": ("BF16", (2,)), "h.1.b": ("F32", (2,))}, "h.0.a: tensors of different kinds cannot be averaged: BF16 [2] and F32 [2]"),
+        ({"h.1.a": ("F32", (2,))}, "b: layers cannot be averaged when only some of them have a tensor"),
+        (
+            {"h.1.a": ("F32", (2,)), "h.1.b": ("F32", (2,)), "h.1.c": ("F32", (2,))},
+            "c: layers cannot be averaged when only some of them have a tensor",
+        ),
+    ],
+)
+def test_unlike_layers_are_not_averaged(second: Shapes, message: str, tmp_path: Path) -> None:
+    source = member(tmp_path / "m", zeros({"h.0.a": ("F32", (2,)), "h.0.b": ("F32", (2,)), **second}), 2)
+    shares = (Share(model="m", index=0, weight=0.5), Share(model="m", index=1, weight=0.5))
+    with pytest.raises(RefusedError) as caught:
+        lay_out({"m": source}, (LayerRef(model="m", index=0, span=2, shares=shares),))
+    assert str(caught.value) == message
+
+
+def test_a_head_that_is_written_out_takes_the_factors_of_its_source_name(tmp_path: Path) -> None:
+    tied = {name: data for name, data in numbers().items() if name != "lm_head.weight" and "position" not in name}
+    members = {"a": member(tmp_path / "a", numbers(), 2), "b": member(tmp_path / "b", tied, 2, tie_word_embeddings=True)}
+    order = (*refs(0, model="a"), *refs(1, model="b"))
+    layout = lay_out(members, order, scalings=((), ((Scaling(tensors="*embed_tokens*", by=2),),)))
+    head = entry(layout, "lm_head.weight")
+    assert isinstance(head, TensorMade) and head.factors == (2.0,)
+    assert head.parts[0].model == "b" and head.parts[0].begin == members["b"].checkpoint.tensors["model.embed_tokens.weight"].begin
+
+
+def test_a_fitted_layer_has_no_tensors_yet(bf16: Member) -> None:
+    layout = lay_out({"m": bf16}, (LayerRef(model="m", index=0, span=2, fitted="linear"),))
+    assert not [name for name in names(layout) if ".layers." in name]
+    assert [left.what for left in layout.left_out] == ["layers 0 to 1 (6 tensors, model.layers.*)"]

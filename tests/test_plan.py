@@ -21,12 +21,15 @@ from layercut.plan import (
     LeftOut,
     Measurement,
     OutputFile,
+    Part,
     Plan,
     Seam,
     Source,
     Table,
     TensorCopy,
+    TensorMade,
 )
+from layercut.stack import Scaling, Share
 
 
 def tensor(name: str = "model.layers.0.w", begin: int = 100, end: int = 164) -> TensorCopy:
@@ -181,3 +184,58 @@ def test_a_text_that_is_no_plan(text: str, message: str) -> None:
     with pytest.raises(LayercutError) as caught:
         Plan.from_json(text, Path("p.json"))
     assert str(caught.value) == message + HINT
+
+
+PART = Part(model="m", file="model.safetensors", begin=100, end=164, dtype="F32", weight=0.5)
+MADE = TensorMade(name="model.layers.0.w", dtype="BF16", shape=(4, 4), parts=(PART, PART), factors=(0.5, -2.0), compute="F32")
+AVERAGE = LayerRef(
+    model="m", index=0, span=2, shares=(Share(model="m", index=0, weight=0.25), Share(model="n", index=1, weight=0.75)),
+    scalings=((Scaling(tensors="*.w", by=0.5), Scaling(tensors="*", by=0)),), identity=True,
+)  # fmt: skip
+FITTED = LayerRef(model="m", index=3, span=4, fitted="linear")
+
+
+def arithmetic(*layers: LayerRef, made: TensorMade = MADE, **more: Any) -> Actions:
+    files = (OutputFile(name="model.safetensors", metadata={"format": "pt"}, tensors=(made, tensor("lm_head.weight", 200, 232))),)
+    return actions(layers=layers or (AVERAGE, FITTED), files=files, **more)
+
+
+def test_round_trip_of_arithmetic() -> None:
+    whole = plan(actions=arithmetic(texts={"chat_template.jinja": "{{ a }}\n"}, pending=("a map",)))
+    again = Plan.from_json(whole.to_json())
+    assert again == whole
+    assert again.digest == whole.digest
+    assert again.actions.layers == (AVERAGE, FITTED)
+    made, copied = again.actions.files[0].tensors
+    assert (made, type(copied)) == (MADE, TensorCopy)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "nbytes"), [("BF16", (4, 4), 32), ("F32", (), 4), ("F64", (3, 0), 0), ("F8_E4M3", (5,), 5), ("F4", (2, 3), 3)]
+)
+def test_bytes_that_are_made(dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
+    assert TensorMade(name="w", dtype=dtype, shape=shape, parts=()).nbytes == nbytes
+
+
+def test_weight_bytes_count_what_is_written_and_not_what_is_read() -> None:
+    assert plan(actions=arithmetic()).weight_bytes == 32 + 32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        arithmetic(AVERAGE.model_copy(update={"scalings": ()}), FITTED),
+        arithmetic(AVERAGE.model_copy(update={"shares": AVERAGE.shares[::-1]}), FITTED),
+        arithmetic(AVERAGE.model_copy(update={"identity": False}), FITTED),
+        arithmetic(AVERAGE, FITTED.model_copy(update={"fitted": "other"})),
+        arithmetic(made=MADE.model_copy(update={"factors": (-2.0, 0.5)})),
+        arithmetic(made=MADE.model_copy(update={"compute": None})),
+        arithmetic(made=MADE.model_copy(update={"dtype": "F16"})),
+        arithmetic(made=MADE.model_copy(update={"parts": (PART,)})),
+        arithmetic(made=MADE.model_copy(update={"parts": (PART, PART.model_copy(update={"weight": 0.25}))})),
+        arithmetic(texts={"chat_template.jinja": "x"}),
+        arithmetic(pending=("a map",)),
+    ],
+)  # fmt: skip
+def test_the_digest_sees_arithmetic(change: Actions) -> None:
+    assert plan(actions=change).digest != plan(actions=arithmetic()).digest

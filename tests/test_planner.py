@@ -16,7 +16,7 @@ from layercut.architecture import Member
 from layercut.checkpoint import Checkpoint, open_checkpoint
 from layercut.errors import CheckpointError, LayercutError, RecipeError, RefusedError
 from layercut.metrics import Metric
-from layercut.plan import Choice, Distance, LeftOut, Measurement, Plan, Seam, Table
+from layercut.plan import Choice, Distance, LeftOut, Measurement, Plan, Seam, Table, TensorMade
 from layercut.planner import build_plan
 from layercut.recipe import Recipe, parse_recipe
 from layercut.yamltext import YamlText
@@ -40,10 +40,11 @@ class Meter:
     def __call__(self, members: Mapping[str, Member], metrics: Sequence[Metric], calibration: Any) -> Measurement:
         self.calls.append((list(members), [metric.label for metric in metrics], calibration))
         tables = []
-        for metric in metrics:
-            mean = tuple(tuple(row) for row in self.matrices[metric.label])
+        pairs = itertools.combinations_with_replacement(members, 2)
+        for metric, (a, b) in itertools.product(metrics, pairs):
+            mean = tuple(tuple(row) for row in self.matrices[metric.label if a == b else f"{a} {b}"])
             stderr = tuple(tuple(self.stderr for _ in row) for row in mean)
-            tables += [Table(metric=metric.label, a=name, b=name, mean=mean, stderr=stderr) for name in members]
+            tables.append(Table(metric=metric.label, a=a, b=b, mean=mean, stderr=stderr))
         return Measurement(tables=tuple(tables), samples=3, tokens=30, details={"made": "by hand"})
 
 
@@ -289,7 +290,7 @@ def test_a_whole_plan(planned: Planning, model: Checkpoint) -> None:
     assert [(seam.at, seam.from_boundary, seam.to_boundary) for seam in plan.seams] == [(1, 1, 0), (3, 2, 11)]
     assert [(edit.key, edit.before, edit.after) for edit in plan.edits] == [("num_hidden_layers", 12, 4)]
     assert json.loads(plan.actions.config)["num_hidden_layers"] == 4
-    assert [left.what.partition(" (")[0] for left in plan.left_out] == [f"layer {index}" for index in range(2, 11)]
+    assert [left.what for left in plan.left_out] == ["layers 2 to 10 (18 tensors, model.layers.*)"]
     assert [len(file.tensors) for file in plan.actions.files] == [2, 2, 2, 2, 2, 1]
     assert plan.weight_bytes == 11 * 64
     names = [tensor.name for file in plan.actions.files for tensor in file.tensors]
@@ -352,3 +353,279 @@ def test_a_refusal_of_the_surgeon_reaches_the_user(tmp_path: Path) -> None:
 def test_the_same_recipe_gives_the_same_text(planned: Planning) -> None:
     text = "model: m\nsteps: [{prune: {layers: 5}}, {duplicate: {layers: 2}}]"
     assert planned(text, Meter(PLANTED)).to_json() == planned(text, Meter(PLANTED)).to_json()
+
+
+# Several models
+
+
+F32 = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+def f32_tensors(name: str, layers: int, head: bool = True) -> F32:
+    """Floating-point tensors whose bytes say where they come from."""
+    return {key: ("F32", (4, 4), data) for key, (_, _, data) in byte_tensors(layers, name).items() if head or key != "lm_head.weight"}
+
+
+class Models:
+    """Small models in a folder, opened by their name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def make(self, name: str, layers: int = 4, head: bool = True, files: Mapping[str, str] | None = None, **config: Any) -> None:
+        whole = {"model_type": "llama", "num_hidden_layers": layers, "vocab_size": 4, "rms_norm_eps": 1e-5, **config}
+        write_checkpoint(self.folder / name, f32_tensors(name, layers, head), whole)
+        for file, text in (files or {}).items():
+            (self.folder / name / file).write_text(text)
+
+    def plan(self, text: str, measure: Any = never) -> Plan:
+        return build_plan(read(text), resolve=lambda name: open_checkpoint(self.folder / name), measure=measure)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Models:
+    return Models(tmp_path)
+
+
+def sources(plan: Plan) -> list[tuple[str, int]]:
+    return [(layer.model, layer.index) for layer in plan.actions.layers]
+
+
+def given(plan: Plan, models: Models) -> dict[str, str]:
+    """Which model and layer the bytes of every copied tensor come from."""
+    found = {}
+    for file in plan.actions.files:
+        for tensor in file.tensors:
+            part = tensor.parts[0] if isinstance(tensor, TensorMade) else tensor
+            data = (models.folder / part.model / part.file).read_bytes()[part.begin : part.end]
+            found[tensor.name] = data.decode().split(";")[0].rpartition(":")[0]
+    return found
+
+
+TWO = "slices: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [1, 4]}, {model: a, layer_range: [3, 4]}]"
+
+
+def test_layers_of_two_models_stand_where_the_slices_say(models: Models) -> None:
+    models.make("a")
+    models.make("b", layers=5)
+    plan = models.plan(TWO)
+    assert sources(plan) == [("a", 0), ("a", 1), ("b", 1), ("b", 2), ("b", 3), ("a", 3)]
+    found = given(plan, models)
+    assert [found[f"model.layers.{at}.mlp.down_proj.weight"] for at in range(6)] == ["a:0", "a:1", "b:1", "b:2", "b:3", "a:3"]
+    assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == "a"
+    assert json.loads(plan.actions.config)["num_hidden_layers"] == 6
+    assert (plan.donor, list(plan.sources)) == ("a", ["a", "b"])
+    assert [(s.at, s.from_model, s.from_boundary, s.to_model, s.to_boundary) for s in plan.seams] == [
+        (2, "a", 2, "b", 1),
+        (5, "b", 4, "a", 3),
+    ]
+    assert [(left.model, left.what.partition(" (")[0]) for left in plan.left_out] == [
+        ("a", "layer 2"), ("b", "layer 0"), ("b", "layer 4"), ("b", "model.embed_tokens.weight"), ("b", "model.norm.weight"),
+        ("b", "lm_head.weight"), ("b", "config.json"),
+    ]  # fmt: skip
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_the_last_slice_gives_norm_and_head(models: Models) -> None:
+    models.make("a")
+    models.make("b")
+    found = given(models.plan("slices: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [2, 4]}]"), models)
+    assert (found["model.embed_tokens.weight"], found["model.norm.weight"], found["lm_head.weight"]) == ("a", "b", "b")
+
+
+@pytest.mark.parametrize("best", [(a, b) for a in range(1, 4) for b in range(1, 4)])
+def test_a_planted_hand_over_is_found(best: tuple[int, int], models: Models) -> None:
+    """From the state of a to that of b at any boundaries: here one is much nearer than the others."""
+    models.make("a")
+    models.make("b")
+    cross = [[0.8] * 5 for _ in range(5)]
+    cross[best[0]][best[1]] = 0.05
+    own = [[0.0 if i == j else 0.9 for j in range(5)] for i in range(5)]
+    depth = best[0] + 4 - best[1]
+    meter = Meter({"angular[last]": own, "a b": cross})
+    plan = models.plan(f"slices: [{{model: a, layer_range: [0, auto]}}, {{model: b, layer_range: [auto, end]}}]\ndepth: {depth}", meter)
+    assert sources(plan) == [("a", index) for index in range(best[0])] + [("b", index) for index in range(best[1], 4)]
+    assert plan.choices == (
+        Choice(where="slices", metric="angular[last]", chosen=f"slices [0, {best[0]}) + [{best[1]}, 4)", cost=0.05),
+    )  # fmt: skip
+    assert plan.seams[0].distances == {"angular[last]": Distance(mean=0.05, stderr=0)}
+    assert [models for models, _, _ in meter.calls] == [["a", "b"]]
+
+
+def test_a_way_there_and_back(models: Models) -> None:
+    models.make("a")
+    models.make("b")
+    cross = [[0.8] * 5 for _ in range(5)]
+    cross[1][1] = cross[3][4] = 0.05
+    own = [[0.0 if i == j else 0.9 for j in range(5)] for i in range(5)]
+    slices = ", ".join(
+        f"{{model: {m}, layer_range: [{a}, {b}]}}" for m, a, b in (("a", 0, "auto"), ("b", "auto", "auto"), ("a", "auto", "end"))
+    )
+    plan = models.plan(f"slices: [{slices}]\ndepth: 5", Meter({"angular[last]": own, "a b": cross}))
+    assert sources(plan) == [("a", 0), ("b", 1), ("b", 2), ("b", 3), ("a", 3)]
+    assert plan.choices[0].cost == 0.1
+
+
+def test_depth_that_constraints_do_not_allow(models: Models) -> None:
+    models.make("a")
+    text = "slices: [{model: a, layer_range: [0, auto]}, {model: a, layer_range: [auto, end], overlap: 1}]\ndepth: 8"
+    own = [[0.0 if i == j else 0.9 for j in range(5)] for i in range(5)]
+    with pytest.raises(RecipeError) as caught:
+        models.plan(text, Meter(own))
+    assert str(caught.value) == "r.yaml:1:9: depth 8 cannot be reached under the constraints of the slices"
+
+
+def test_models_that_do_not_fit_are_refused_unless_told_so(models: Models) -> None:
+    models.make("a")
+    models.make("b", rms_norm_eps=1e-6)
+    message = "'a' and 'b' would load together but compute something else: config rms_norm_eps is 1e-05 in one and 1e-06 in the other"
+    with pytest.raises(RefusedError) as caught:
+        models.plan(TWO)
+    assert str(caught.value) == f"{message}; to stack them all the same, say 'allow: inexact' in the recipe"
+    plan = models.plan(f"{TWO}\nallow: inexact")
+    assert plan.notes == (message,)
+    assert json.loads(plan.actions.config)["rms_norm_eps"] == 1e-5
+
+
+FILES = {name: name for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md")}
+
+
+def companions(plan: Plan) -> dict[str, str]:
+    return {companion.name: companion.model for companion in plan.actions.companions}
+
+
+def test_config_and_companions_come_from_the_base_model(models: Models) -> None:
+    models.make("a", files={"generation_config.json": "a"})
+    models.make("b", files=FILES)
+    models.make(
+        "base", layers=6, files={"tokenizer.json": "tokenizer.json", "special_tokens_map.json": "x"}, extra_key="of base", vocab_size=4
+    )
+    text = f"{TWO}\nallow: inexact\nbase_model: base"
+    plan = models.plan(text)
+    assert plan.donor == "base"
+    assert companions(plan) == {"tokenizer.json": "base", "special_tokens_map.json": "base"}
+    config = json.loads(plan.actions.config)
+    assert (config["extra_key"], config["num_hidden_layers"]) == ("of base", 6)
+    assert set(given(plan, models).values()) >= {"a", "a:0", "b:1"}
+    assert not any("base" in origin for origin in given(plan, models).values())
+    reasons = {(left.model, left.what): left.reason for left in plan.left_out}
+    assert reasons["base", "all weights (15 tensors)"] == "no layer of this model is in the stack"
+    assert reasons["a", "config.json"] == reasons["b", "config.json"] == "it comes from 'base'"
+    assert reasons["a", "generation_config.json"] == reasons["b", "tokenizer.json"] == "such files come from 'base'"
+    assert list(plan.sources) == ["a", "b", "base"]
+
+
+def test_a_base_model_changes_nothing_but_config_and_companions_of_one_model(models: Models) -> None:
+    models.make("a")
+    models.make("base", files={"tokenizer.json": "{}"}, tie_word_embeddings=True, head=False)
+    plan = models.plan("model: a\nbase_model: base")
+    assert [(edit.key, edit.before, edit.after) for edit in plan.edits] == [("tie_word_embeddings", True, False)]
+    assert set(given(plan, models).values()) == {"a", *(f"a:{index}" for index in range(4))}
+    assert plan.seams == ()
+
+
+def test_tokenizer_files_travel_together(models: Models) -> None:
+    models.make("a", files=FILES)
+    models.make("t", files={"tokenizer.json": "tokenizer.json", "tokenizer.model": "m", "generation_config.json": "t", "merges.txt": "x"})
+    plan = models.plan("model: a\ntokenizer_source: t")
+    assert companions(plan) == {
+        "README.md": "a", "generation_config.json": "a", "merges.txt": "t", "tokenizer.json": "t", "tokenizer.model": "t",
+    }  # fmt: skip
+    reasons = {(left.model, left.what): left.reason for left in plan.left_out}
+    assert reasons["a", "tokenizer_config.json"] == "such files come from 't'"
+    assert reasons["t", "generation_config.json"] == "such files come from 'a'"
+    assert reasons["t", "all weights (11 tensors)"] == "no layer of this model is in the stack"
+    for source in ("base", "union"):
+        assert companions(models.plan(f"model: a\ntokenizer_source: {source}"))["tokenizer.json"] == "a"
+
+
+def test_every_file_of_every_source_is_carried_or_listed(models: Models) -> None:
+    models.make("a", files=FILES)
+    models.make("b", files={**FILES, "training_args.bin": "x", "chat_template.jinja": "old"})
+    plan = models.plan(f"{TWO}\ntokenizer_source: b\nchat_template: '{{{{ messages }}}}'")
+    assert plan.actions.texts == {"chat_template.jinja": "{{ messages }}"}
+    listed = {(left.model, left.what) for left in plan.left_out}
+    for alias in "ab":
+        for path in (models.folder / alias).iterdir():
+            carried = (
+                companions(plan).get(path.name) == alias or path.suffix == ".safetensors" or (path.name == "config.json" and alias == "a")
+            )
+            assert carried != ((alias, path.name) in listed), path
+    reasons = {(left.model, left.what): left.reason for left in plan.left_out}
+    assert reasons["b", "chat_template.jinja"] == "the recipe writes its own"
+
+
+def test_a_model_of_which_no_layer_is_left_gives_nothing(models: Models) -> None:
+    models.make("a", files={"tokenizer.json": "{}"})
+    models.make("b", files={"tokenizer.json": "{}", "merges.txt": "b"})
+    models.make("t", files={"tokenizer.json": "{}", "merges.txt": "t"})
+    plan = models.plan(f"{TWO}\nsteps: [{{keep: {{at: 2-4}}}}]")
+    assert (plan.donor, list(plan.sources)) == ("b", ["b"])
+    assert companions(plan) == {"tokenizer.json": "b", "merges.txt": "b"}
+    assert set(given(plan, models).values()) == {"b", "b:1", "b:2", "b:3"}
+    plan = models.plan(f"{TWO}\ntokenizer_source: t\nsteps: [{{keep: {{at: 2-4}}}}]")
+    assert companions(plan) == {"tokenizer.json": "t", "merges.txt": "t"}
+
+
+# Dtypes and factors
+
+
+@pytest.mark.parametrize(
+    ("config", "recipe", "edits"),
+    [
+        ({}, "dtype: bfloat16", [("torch_dtype", None, "bfloat16")]),
+        ({"torch_dtype": "float32"}, "dtype: bfloat16", [("torch_dtype", "float32", "bfloat16")]),
+        ({"dtype": "float32"}, "dtype: float32\nout_dtype: float16", [("dtype", "float32", "float16")]),
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "out_dtype: bfloat16", [("dtype", "float32", "bfloat16")]),
+        ({"torch_dtype": "bfloat16"}, "dtype: bfloat16", []),
+        ({"torch_dtype": "float32"}, "", []),
+    ],
+)
+def test_the_config_says_the_dtype_of_the_recipe(config: dict[str, str], recipe: str, edits: list[Any], models: Models) -> None:
+    models.make("a", **config)
+    plan = models.plan(f"model: a\n{recipe}")
+    assert [(edit.key, edit.before, edit.after) for edit in plan.edits] == edits
+    after = json.loads(plan.actions.config)
+    assert all(after[key] == value for key, _, value in edits)
+    dtypes = {tensor.dtype for file in plan.actions.files for tensor in file.tensors}
+    assert dtypes == {{"bfloat16": "BF16", "float16": "F16"}.get(recipe.rpartition(" ")[2], "F32")}
+
+
+def test_a_quantised_model_is_not_cast(models: Models) -> None:
+    models.make("a", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(RefusedError) as caught:
+        models.plan("model: a\ndtype: bfloat16")
+    assert str(caught.value) == f"{models.folder / 'a'}: a quantised checkpoint cannot be cast; leave out dtype"
+
+
+def test_factors_reach_layers_and_ends(models: Models) -> None:
+    models.make("a")
+    models.make("b")
+    plan = models.plan(
+        "slices: [{model: a, layer_range: [0, 2], parameters: {scale: [2, 3]}}, {model: b, layer_range: [2, 4]}]\n"
+        "parameters: {scale: [{filter: o_proj, value: 1}, {filter: down_proj, value: 0}, {value: 5}]}"
+    )
+    found = {}
+    for file in plan.actions.files:
+        for tensor in file.tensors:
+            found[tensor.name] = (tensor.factors if tensor.parts else 0) if isinstance(tensor, TensorMade) else "copy"
+    layers = {name: by for name, by in found.items() if ".layers." in name}
+    assert {name.removeprefix("model.layers."): by for name, by in layers.items()} == {
+        "0.self_attn.o_proj.weight": (2.0,), "0.mlp.down_proj.weight": (2.0,), "1.self_attn.o_proj.weight": (3.0,),
+        "1.mlp.down_proj.weight": (3.0,), "2.self_attn.o_proj.weight": "copy", "2.mlp.down_proj.weight": 0,
+        "3.self_attn.o_proj.weight": "copy", "3.mlp.down_proj.weight": 0,
+    }  # fmt: skip
+    assert {name: by for name, by in found.items() if ".layers." not in name} == {
+        "model.embed_tokens.weight": (2.0,), "model.norm.weight": (5.0,), "lm_head.weight": (5.0,),
+    }  # fmt: skip
+
+
+def test_arithmetic_changes_the_digest(models: Models) -> None:
+    models.make("a")
+    scale = "steps: [{{scale: {{at: {}, tensors: '{}', by: {}}}}}]"
+    texts = ["", "dtype: float16", "dtype: bfloat16", "dtype: float64\nout_dtype: float16", "parameters: {scale: 2}"]
+    texts += [scale.format(*values) for values in ((1, "*", 2), (2, "*", 2), (1, "*", 3), (1, "*o_proj*", 2))]
+    texts += ["steps: [{merge: {at: [1, 2]}}]", "steps: [{merge: {at: [1, 2], weights: [1, 2]}}]", "steps: [{expand: {at: 1}}]"]
+    digests = [models.plan(f"model: a\n{text}").digest for text in texts]
+    assert len(set(digests)) == len(texts)
+    assert models.plan("model: a\nparameters: {scale: 1.0}").digest == digests[0]

@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from layercut.calibration import BuiltinCalibration, HubCalibration, TextCalibration
 from layercut.errors import RecipeError
 from layercut.metrics import Angular, Cosine
-from layercut.operations import Duplicate, Every, Keep, Prune
-from layercut.recipe import Output, Recipe, Source, load_recipe, parse_recipe, parse_size
+from layercut.operations import OPERATIONS, Duplicate, Expand, Keep, Merge, Prune, Reorder, Replace, Scale, Zero
+from layercut.recipe import Output, Recipe, Source, load_recipe, parse_recipe
+from layercut.scalings import Parameters
+from layercut.selectors import Every
 from layercut.yamltext import YamlText
 
 
@@ -162,52 +163,6 @@ def test_recipes_are_frozen() -> None:
         recipe("model: m").model = "n"  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("5GB", 5_000_000_000),
-        ("5 GB", 5_000_000_000),
-        ("5gb", 5_000_000_000),
-        ("1.5GB", 1_500_000_000),
-        ("500MB", 500_000_000),
-        ("2KB", 2000),
-        ("1TB", 10**12),
-        ("5GiB", 5 * 2**30),
-        ("1MiB", 2**20),
-        ("1KiB", 1024),
-        ("7B", 7),
-        ("7", 7),
-        (123, 123),
-    ],
-)
-def test_sizes(text: str | int, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "expected a size such as 5GB, 500MB or 5GiB"),
-        ("GB", "expected a size such as 5GB, 500MB or 5GiB"),
-        ("5G", "expected a size such as 5GB, 500MB or 5GiB"),
-        ("-5GB", "expected a size such as 5GB, 500MB or 5GiB"),
-        ("1e3", "expected a size such as 5GB, 500MB or 5GiB"),
-        ("5,5GB", "expected a size such as 5GB, 500MB or 5GiB"),
-        ("9" * 400 + "TB", "expected a size such as 5GB, 500MB or 5GiB"),
-        ("0GB", "a size must be at least one byte"),
-        ("0.4B", "a size must be at least one byte"),
-    ],
-)
-def test_sizes_that_are_none(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        parse_size(text)
-
-
-@given(st.integers(1, 10**12), st.sampled_from(["KB", "MB", "KiB"]))
-def test_whole_sizes_are_exact(number: int, unit: str) -> None:
-    assert parse_size(f"{number}{unit}") == number * {"KB": 10**3, "MB": 10**6, "KiB": 2**10}[unit]
-
-
 def test_overrides_are_applied_before_validation(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: m\nsteps:\n  - prune: {layers: wrong}\n")
@@ -229,12 +184,145 @@ def test_a_missing_file(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path / 'none.yaml'}: cannot read: No such file or directory"
 
 
-def test_the_schema_knows_every_key_and_says_what_it_means() -> None:
-    schema = Recipe.schema_document()
-    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert set(schema["properties"]) == set(Recipe.model_fields)
-    assert all(field.description for field in Recipe.model_fields.values())
-    assert set(schema["$defs"]["Every"]["properties"]) == {"every", "from", "to"}
-    for name in ("Prune", "Keep", "Duplicate", "Slice", "Source", "Output", "Recipe"):
-        part = schema if name == "Recipe" else schema["$defs"][name]
-        assert part["additionalProperties"] is False
+def test_new_keys_of_slices_and_recipe() -> None:
+    found = recipe(
+        "models: {a: ./a, b: ./b}\n"
+        "slices:\n"
+        "- {model: a, layer_range: [0, auto], min: 2, max: 5, protect: [0, '2-3'], parameters: {scale: 0.5}}\n"
+        "- {model: a, layer_range: [auto, end], overlap: 1}\n"
+        "depth: 8\nparameters: {scale: [{filter: mlp, value: [0, 1]}, {value: 2}]}\nbase_model: b\ntokenizer_source: b\n"
+        "chat_template: '{{ x }}'\ndtype: float32\nout_dtype: bfloat16\nallow: inexact"
+    )
+    assert found.slices is not None
+    one, two = found.slices
+    assert (one.least, one.most, one.protect, one.overlap) == (2, 5, (0, "2-3"), None)
+    assert one.parameters == Parameters.model_validate({"scale": 0.5})
+    assert one.source.parameters is None  # they are the slice's own
+    assert (two.least, two.most, two.protect, two.overlap, two.parameters) == (None, None, None, 1, None)
+    assert found.parameters == Parameters.model_validate({"scale": [{"filter": "mlp", "value": [0, 1]}, {"value": 2}]})
+    assert (found.base_model, found.tokenizer_source, found.chat_template) == ("b", "b", "{{ x }}")
+    assert (found.dtype, found.out_dtype, found.allow) == ("float32", "bfloat16", "inexact")
+    assert Recipe.model_validate(found.described()).described() == found.described()
+
+
+def test_every_step_of_the_page() -> None:
+    found = recipe(
+        "model: m\nsteps:\n"
+        "- prune: {params: 6B, strategy: blocks, protect: [0, -1]}\n"
+        "- prune: {size: 12GB}\n"
+        "- prune: {max_distance: 0.2, strategy: rank}\n"
+        "- expand: {every: 4}\n"
+        "- merge: {at: [12, 13], weights: [0.5, 1]}\n"
+        "- replace: {layers: 4, with: linear}\n"
+        '- scale: {at: "10-20", tensors: "*.mlp.down_proj.weight", by: 0.7}\n'
+        '- zero: {at: 12, tensors: "*.self_attn.o_proj.weight"}\n'
+        '- reorder: {to: [0, 2, 1, "3-29"]}\n'
+    )
+    assert [step.operation for step in found.steps] == [
+        Prune(params=6 * 10**9, strategy="blocks", protect=(0, -1)),
+        Prune(size=12 * 10**9),
+        Prune(max_distance=0.2, strategy="rank"),
+        Expand(every=4),
+        Merge(at=(12, 13), weights=(0.5, 1)),
+        Replace.model_validate({"layers": 4, "with": "linear"}),
+        Scale(at="10-20", tensors="*.mlp.down_proj.weight", by=0.7),
+        Zero(at=12, tensors="*.self_attn.o_proj.weight"),
+        Reorder(to=(0, 2, 1, "3-29")),
+    ]
+    assert found.described()["steps"][0] == {"prune": {"params": 6 * 10**9, "strategy": "blocks", "protect": [0, -1]}}
+    assert found.described()["steps"][5] == {"replace": {"layers": 4, "with": "linear"}}
+    assert Recipe.model_validate(found.described()).steps == found.steps
+
+
+def test_a_whole_recipe_has_a_shard_size() -> None:
+    assert recipe("model: m").shard_size == 5 * 10**9
+    assert recipe("model: m\noutput: ./x").shard_size == 5 * 10**9
+    assert recipe("model: m\noutput: {path: ./x, max_shard_size: 1MiB}").shard_size == 2**20
+
+
+# The JSON Schema
+
+SCHEMA = Recipe.schema_document()
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
+def test_the_schema_knows_every_key() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert set(SCHEMA["properties"]) == set(Recipe.model_fields)
+    assert set(SCHEMA["$defs"]["Every"]["properties"]) == {"every", "from", "to"}
+    assert set(SCHEMA["$defs"]["Slice"]["properties"]) == {
+        "model", "layer_range", "sources", "parameters", "min", "max", "protect", "overlap",
+    }  # fmt: skip
+    assert set(SCHEMA["$defs"]["Step"]["properties"]) == set(OPERATIONS)
+
+
+def test_every_key_of_every_model_is_described_and_no_other_is_known() -> None:
+    for name, model in {"Recipe": SCHEMA, **SCHEMA["$defs"]}.items():
+        assert model["additionalProperties"] is False, name
+        assert model.get("description"), name
+        for key, field in model["properties"].items():
+            assert field.get("description") or field.get("const"), f"{name}.{key}"
+
+
+WRITTEN = [
+    {"model": "m", "output": "./x"},
+    {"model": "m", "output": {"path": "./x", "max_shard_size": "5GB"}},
+    {"model": "m", "output": {"path": "./x", "max_shard_size": "1.5 GiB"}},
+    {"model": "m", "output": {"path": "./x", "max_shard_size": 1000}},
+    *({"model": "m", "steps": [{"prune": prune}]} for prune in (
+        {"size": "12GB"}, {"params": "6B"}, {"params": "135m"}, {"params": 1000}, {"max_distance": 0.2}, {"layers": 6}, {"layers": "25%"},
+        {"at": 3}, {"at": "3-5"}, {"at": "-4--1"}, {"at": [1, "3-5", {"every": 2, "from": 1, "to": -1}]}, {"at": {"every": 2}},
+        {"layers": 2, "strategy": "blocks", "metric": "cosine", "protect": [0, -1]},
+        {"layers": 2, "metric": {"name": "angular", "token": -1}},
+    )),
+    {"model": "m", "steps": [{"merge": {"at": [1, 2], "weights": [1, 0.5]}}, {"scale": {"tensors": "*", "by": 2}}]},
+    {"model": "m", "steps": [{"replace": {"layers": 2, "with": "linear"}}, {"expand": {"every": 4}}, {"reorder": {"to": ["0-3"]}}]},
+    *({"model": "m", "parameters": {"scale": scale}} for scale in (
+        0.5, 2, [0, 1], {"filter": "x", "value": 0.5}, {"value": [0, 1]}, [{"filter": "x", "value": [0, 1]}, {"value": 1}],
+    )),
+    {"slices": [{"model": "m", "layer_range": [0, "auto"], "min": 1, "max": 2, "protect": 0},
+                {"sources": [{"model": "m", "layer_range": ["auto", "end"]}]}],
+     "merge_method": "passthrough", "depth": 4},
+    {"models": {"a": "x"}, "model": "a", "metric": "angular", "calibration": {"source": "builtin", "bos": "auto", "samples": 3}},
+    {"model": "m", "metrics": ["angular", {"name": "cosine", "token": "all"}], "evaluate": {"perplexity": {"source": "text", "path": "x"}}},
+    {"model": "m", "calibration": {"source": "hub", "dataset": "d", "name": "en", "streaming": True}},
+    {"model": "m", "dtype": "float16", "out_dtype": "bfloat16", "allow": "inexact", "base_model": "b", "tokenizer_source": "t",
+     "chat_template": "chatml"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", WRITTEN, ids=[json.dumps(data)[:90] for data in WRITTEN])
+def test_editors_accept_what_layercut_accepts(data: dict[str, Any]) -> None:
+    assert [error.message for error in VALIDATOR.iter_errors(data)] == []
+    described = Recipe.model_validate(data).described()
+    assert [error.message for error in VALIDATOR.iter_errors(described)] == []
+    assert Recipe.model_validate(described).described() == described
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"model": 5},
+        {"model": "m", "modle": "n"},
+        {"model": "m", "output": 5},
+        {"model": "m", "output": ""},
+        {"model": "m", "output": {"path": "x", "max_shard_size": "5 of them"}},
+        {"model": "m", "steps": [{"prune": {"layers": "25"}}]},
+        {"model": "m", "steps": [{"prune": {"layers": 0}}]},
+        {"model": "m", "steps": [{"prune": {"at": "3..5"}}]},
+        {"model": "m", "steps": [{"prune": {"layers": 1, "strategy": "best guess"}}]},
+        {"model": "m", "steps": [{"cut": {"layers": 1}}]},
+        {"model": "m", "metric": "angulr"},
+        {"model": "m", "parameters": {"scale": "half"}},
+        {"model": "m", "calibration": {"source": "web"}},
+        {"slices": [{"model": "m", "layer_range": [0]}]},
+        {"slices": [{"model": "m", "layer_range": [0, "all"]}]},
+        {"slices": []},
+        {"model": "m", "dtype": "int8"},
+    ],
+)
+def test_editors_refuse_what_layercut_refuses(data: dict[str, Any]) -> None:
+    assert not VALIDATOR.is_valid(data)
+    with pytest.raises(ValidationError):
+        Recipe.model_validate(data)

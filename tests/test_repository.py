@@ -31,18 +31,23 @@ HEAVY = ("accelerate", "datasets", "numpy", "pandas", "pyarrow", "torch", "trans
 
 # The order of the modules: each imports only from lines above its own.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("chattemplates", "errors", "exceptions", "jsontext", "record", "sizes", "version"),
-    ("calibration", "copying", "header", "metrics", "stack", "yamltext"),
+    ("chattemplates", "errors", "exceptions", "jsontext", "record", "sharing", "sizes", "version"),
+    ("smallfile",),
+    ("calibration", "conversions", "copying", "header", "metrics", "stack", "yamltext"),
     ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "strategies"),
-    ("architecture", "gguf", "mergekit", "operations", "seams"),
-    ("boundaries", "ends", "gallery", "recipe", "source", "surgery"),
+    ("architecture", "gguf", "mergekit", "operations", "pickled", "seams", "shards"),
+    ("boundaries", "ends", "gallery", "quantization", "recipe", "source"),
+    ("surgery",),
     ("compatibility", "layout", "start"),
     ("choices",),
     ("planner",),
     ("loading",),
     ("engine", "perplexity"),
-    ("report", "staging"),
-    ("arithmetic", "executor", "verify"),
+    ("arithmetic", "report", "staging"),
+    ("journal",),
+    ("writer",),
+    ("contents", "executor"),
+    ("verify",),
     ("api", "display"),
     ("cli",),
     ("__init__", "__main__"),
@@ -50,7 +55,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 # Modules that import torch when they are imported; the others reach for them inside functions.
 MEASURING = ("engine", "loading", "perplexity")
 # Tests of the whole, which have no module of their own.
-OF_THE_WHOLE = ("bad_files", "bad_input", "benchmarks", "docs", "end_to_end", "frankenmerge", "repository")
+OF_THE_WHOLE = ("bad_files", "bad_input", "benchmarks", "docs", "end_to_end", "frankenmerge", "fuzz", "hostile", "kill", "mtp", "repository")
 
 PUBLIC = [
     "CalibrationError", "CheckpointError", "LayercutError", "OutputError", "Plan", "Recipe", "RecipeError", "RefusedError", "Report",
@@ -268,6 +273,13 @@ def test_make_demo_runs_the_quickstart_offline() -> None:
     recipe = layercut.load_recipe(ROOT / "recipes" / "quickstart.yaml")
     assert recipe.model == ".demo/smollm2-135m.gguf"
     assert recipe.output is not None and recipe.output.path.startswith(".demo/")
+
+
+def test_make_fuzz_goes_on_for_a_minute() -> None:
+    plan = makefile("fuzz")
+    order = ["-m venv .venv", "'.[dev]'", "'.[fuzz]'", ".venv/bin/python tests/fuzz.py 60"]
+    places = [plan.index(part) for part in order]
+    assert places == sorted(places)
 
 
 def test_make_names_the_python_that_is_too_old(tmp_path: Path) -> None:

@@ -227,15 +227,15 @@ print(*{"torch", "transformers", "numpy", "datasets"} & set(sys.modules))
 """
 
 
-def ask(reference: str, cache: Path, endpoint: str = "") -> Any:
-    """`resolve` with the client's settings read afresh; without an endpoint the Hub is switched off."""
+def ask(reference: str, cache: Path, endpoint: str = "", light: bool = True) -> Any:
+    """`resolve` with the client's settings read afresh; without an endpoint the Hub is switched off. `light`: nothing heavy is imported."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"} if endpoint else {"HF_HUB_OFFLINE": "1"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     env = kept | settings | {"HF_HUB_CACHE": str(cache), "HF_HOME": str(cache.parent / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run([sys.executable, "-c", CODE, reference], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     answer, heavy = done.stdout.splitlines()
-    assert heavy == ""
+    assert heavy == "" or not light
     return json.loads(answer)
 
 
@@ -284,6 +284,61 @@ def test_one_file_of_weights(tmp_path: Path, hub: str) -> None:
     Hub.repos["org/name"] = {"config.json": b"{}", "model.safetensors": weights("a"), "other.safetensors": weights("b")}
     _, _, _, along, left_out, tensors = ask("org/name", tmp_path / "hub", hub)
     assert (along, set(left_out), tensors) == ([], {"other.safetensors"}, ["a"])
+
+
+def pickled(**tensors: int) -> bytes:
+    """A file of torch.save."""
+    import io
+
+    import torch
+
+    file = io.BytesIO()
+    torch.save({name: torch.zeros(size) for name, size in tensors.items()}, file)
+    return file.getvalue()
+
+
+PICKLED_MODEL = {
+    "config.json": b'{"model_type": "llama"}',
+    "pytorch_model.bin.index.json": index({"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}),
+    "pytorch_model-1.bin": pickled(a=4),
+    "pytorch_model-2.bin": pickled(b=4),
+    "pytorch_model-3.bin": b"in no index",
+    "tokenizer.json": b"{}",
+    "training_args.bin": b"evil",
+}
+
+
+def test_repository_of_pickled_weights(tmp_path: Path, hub: str) -> None:
+    """The files of its index are downloaded and converted; the next time neither the Hub nor torch is asked."""
+    Hub.repos["org/name"] = PICKLED_MODEL
+    first = ask("org/name", tmp_path / "hub", hub, light=False)
+    folder, reference, revision, along, left_out, tensors = first
+    assert "/pickled/" in folder and (reference, revision, along, tensors) == ("org/name", COMMIT, ["tokenizer.json"], ["a", "b"])
+    assert left_out == {
+        "pytorch_model-3.bin": "weights of the uncut model, in another format or copy",
+        "training_args.bin": "pickle of a training run: runs code when it is read",
+    }
+    fetched = {path.split("/", 5)[5] for path in Hub.log if "/resolve/" in path}
+    assert fetched == set(PICKLED_MODEL) - {"pytorch_model-3.bin", "training_args.bin"}
+    Hub.log.clear()
+    assert ask("org/name", tmp_path / "hub", hub) == first == ask("org/name", tmp_path / "hub")
+    assert Hub.log == []
+
+
+def test_repository_of_one_pickled_file(tmp_path: Path, hub: str) -> None:
+    Hub.repos["org/name"] = {"config.json": b"{}", "pytorch_model.bin": pickled(a=4, b=2)}
+    assert ask("org/name", tmp_path / "hub", hub, light=False)[5] == ["a", "b"]
+
+
+def test_repository_that_lacks_a_pickled_shard(tmp_path: Path, hub: str) -> None:
+    Hub.repos["org/name"] = {name: data for name, data in PICKLED_MODEL.items() if name != "pytorch_model-2.bin"}
+    expected = "org/name: the repository lacks 'pytorch_model-2.bin', which its index names"
+    assert ask("org/name", tmp_path / "hub", hub) == expected
+
+
+def test_cache_of_pickled_weights_needs_no_network(tmp_path: Path) -> None:
+    cached(tmp_path / "hub", PICKLED_MODEL)
+    assert ask("org/name", tmp_path / "hub", light=False)[5] == ["a", "b"]
 
 
 @pytest.mark.parametrize("revision", ["v1", COMMIT])
@@ -359,8 +414,8 @@ def test_hub_says_no(tmp_path: Path, hub: str, reference: str, message: str) -> 
         ({"README.md": b""}, "org/name: no config.json in the repository; is it a transformers model?"),
         ({"config.json": b"{}", "x.txt": b""}, "no weights in org/name; expected model.safetensors or model.safetensors.index.json"),
         (
-            {"config.json": b"{}", "pytorch_model.bin": b"", "sub/model.safetensors": b""},
-            "org/name: unsupported weights format: found pytorch_model.bin; layercut reads safetensors: model.safetensors, or the files "
+            {"config.json": b"{}", "tf_model.h5": b"", "sub/model.safetensors": b""},
+            "org/name: unsupported weights format: found tf_model.h5; layercut reads safetensors: model.safetensors, or the files "
             "of model.safetensors.index.json; convert it once with transformers: "
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)",
         ),

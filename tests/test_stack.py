@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from layercut.stack import Boundary, Joint, LayerRef, Run, Scaling, Share, Stack, joints, runs
+from layercut.stack import Block, Boundary, Joint, LayerRef, Run, Scaling, Share, Stack, blocks_of, joints, models_of, runs
 
 DEPTHS = {"a": 6, "b": 4}
 
@@ -76,6 +78,43 @@ def test_a_layer_that_stands_for_several_meets_its_neighbours_without_a_seam() -
     assert list(joints((*whole[:2], average, *whole[4:]), DEPTHS)) == []
     assert list(joints((*whole[:2], average, *whole[3:]), DEPTHS)) == [Joint(3, Boundary("a", 4), Boundary("a", 3))]
     assert runs((*whole[:2], average, *whole[4:])) == (Run("a", 0, 2), Run("a", 2, 4), Run("a", 4, 6))
+
+
+def test_silent_layers_at_the_ends_still_give_embeddings_and_head() -> None:
+    """Embeddings come with the first layer, final norm and head with the last, whatever these layers add."""
+    silent = {index: LayerRef(model="b", index=index, identity=True) for index in (0, 3)}
+    whole = stack("a0", "a1", "a2", "a3", "a4", "a5")
+    assert list(joints((silent[0], *whole), DEPTHS)) == [Joint(1, Boundary("b", 0), Boundary("a", 0))]
+    assert list(joints((*whole, silent[3]), DEPTHS)) == [Joint(7, Boundary("a", 6), Boundary("b", 4))]
+    assert list(joints((silent[0], silent[3]), DEPTHS)) == [Joint(2, Boundary("b", 0), Boundary("b", 4))]
+    assert list(joints((), DEPTHS)) == []
+
+
+def test_a_fitted_map_stands_for_its_span() -> None:
+    whole = stack("a0", "a1", "a2", "a3", "a4", "a5")
+    fitted = LayerRef(model="a", index=1, span=3, fitted="linear")
+    assert list(joints((whole[0], fitted, *whole[4:]), DEPTHS)) == []
+    assert runs((whole[0], fitted, *whole[4:])) == (Run("a", 0, 1), Run("a", 1, 4), Run("a", 4, 6))
+    assert not fitted.plain
+
+
+def test_the_models_of_a_layer() -> None:
+    assert models_of(LayerRef(model="a", index=0)) == ("a",)
+    shares = (Share(model="b", index=0, weight=0.5), Share(model="c", index=1, weight=0.5))
+    assert models_of(LayerRef(model="a", index=0, shares=shares)) == ("b", "c")
+
+
+@given(st.sets(st.integers(0, 20)))
+def test_blocks_are_maximal_and_hold_the_positions(positions: set[int]) -> None:
+    blocks = blocks_of(sorted(positions, reverse=True))
+    assert [p for block in blocks for p in range(block.start, block.stop)] == sorted(positions)
+    assert all(one.stop < two.start for one, two in pairwise(blocks))
+    assert all(block.start < block.stop for block in blocks)
+
+
+def test_blocks_of_nothing() -> None:
+    assert blocks_of([]) == ()
+    assert blocks_of([3]) == (Block(3, 4),)
 
 
 def test_plain_layers_are_byte_copies() -> None:

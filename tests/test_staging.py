@@ -1,4 +1,4 @@
-"""staging.py: an output gets its name when it is complete, one run at a time, and nothing is left of what failed."""
+"""staging.py: an output gets its name when it is complete, one run at a time, and only what can be resumed is left of what failed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conftest import byte_tensors, write_checkpoint
 from layercut import staging
 from layercut.checkpoint import open_checkpoint
 from layercut.errors import OutputError
-from layercut.staging import SLACK, Place, check_place, check_space, check_vacant, publish, recover, staged
+from layercut.staging import SLACK, Place, check_place, check_space, check_vacant, publish, recover, resumable, staged, throw_away
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def write(place, text, overwrite=False):
     with staged(place):
         recover(place)
         check_vacant(place, overwrite)
+        place.content.mkdir()
         (place.content / "file").write_text(text)
         publish(place, overwrite)
 
@@ -51,6 +52,7 @@ def test_names_lie_beside_the_output():
     assert str(place.staging) == "/data/.out.layercut-partial"
     assert str(place.content) == "/data/.out.layercut-partial/content"
     assert str(place.lock) == "/data/.out.layercut-partial/lock"
+    assert str(place.journal) == "/data/.out.layercut-partial/journal"
     assert str(place.old) == "/data/.out.layercut-old"
 
 
@@ -139,6 +141,19 @@ def test_what_will_be_freed_counts(place, monkeypatch):
         check_space(place, 2 << 20)
 
 
+def test_what_is_kept_does_not_count(place, monkeypatch):
+    place.content.mkdir(parents=True)
+    (place.content / "whole").write_bytes(b"x" * (1 << 20))
+    (place.content / "half").write_bytes(b"x" * (2 << 20))
+    place.journal.write_bytes(b"")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=SLACK))
+    kept = {"whole": 1 << 20, "half": 1 << 20}
+    check_space(place, 1 << 20, kept)  # of `half`, what lies behind the part that is kept
+    with pytest.raises(OutputError):
+        check_space(place, (1 << 20) + 1, kept)
+    check_space(place, 2 << 20, {"half": 1 << 20})
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (4_500_000_000, "4.5 GB"), (123 * 10**8, "12.3 GB"), (3 * 10**16, "30000.0 TB")],
@@ -152,7 +167,9 @@ def test_sizes_for_people(count, text):
 
 def test_a_run_leaves_the_output_and_nothing_else(place, tmp_path):
     with staged(place):
-        assert names(tmp_path) == [".out.layercut-partial", ".out.layercut-partial/content", ".out.layercut-partial/lock"]
+        assert names(tmp_path) == [".out.layercut-partial", ".out.layercut-partial/lock"]
+        place.content.mkdir()
+        place.journal.write_text("")
         (place.content / "file").write_text("new")
         publish(place, False)
         assert (place.target / "file").read_text() == "new"
@@ -176,17 +193,76 @@ def test_parents_that_were_there_stay(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
-def test_content_of_a_killed_run_is_gone_when_the_next_begins(place, tmp_path):
-    place.content.mkdir(parents=True)
-    (place.content / "stale").write_text("old")
-    place.lock.write_text("")
+KEPT = [f".out.layercut-partial{name}" for name in ("", "/content", "/content/half", "/journal", "/lock")]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), KeyboardInterrupt(), OutputError("x"), AssertionError()])
+def test_what_has_a_journal_stays_after_an_error(place, tmp_path, error):
+    with pytest.raises(type(error)), staged(place):
+        place.journal.write_text("")
+        place.content.mkdir()
+        (place.content / "half").write_text("half")
+        assert resumable(place)
+        raise error
+    assert names(tmp_path) == KEPT
     with staged(place):
-        assert list(place.content.iterdir()) == []
+        assert names(tmp_path) == KEPT
+    assert names(tmp_path) == KEPT
+
+
+def test_parents_of_what_stays_stay(tmp_path):
+    place = Place(Path("out"), tmp_path / "a" / "b" / "out")
+    with pytest.raises(KeyboardInterrupt), staged(place):
+        place.content.mkdir()
+        place.journal.write_text("")
+        raise KeyboardInterrupt
+    assert [name for name in names(tmp_path) if "partial" not in name] == ["a", "a/b"]
+    assert resumable(place)
+
+
+def test_the_lock_goes_with_the_run_that_held_it(place):
+    with pytest.raises(KeyboardInterrupt), staged(place):
+        place.content.mkdir()
+        place.journal.write_text("")
+        raise KeyboardInterrupt
+    opened = os.open(place.lock, os.O_RDWR)
+    fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with pytest.raises(OutputError, match=r"^another layercut is writing"), staged(place):
+        raise AssertionError("entered")
+    assert resumable(place)
+    os.close(opened)
+
+
+@pytest.mark.parametrize("missing", ["journal", "content"])
+def test_what_has_no_journal_or_no_content_goes(place, tmp_path, missing):
+    with staged(place):
+        if missing == "journal":
+            (place.content / "deep").mkdir(parents=True)
+        else:
+            place.journal.write_text("")
+        assert not resumable(place)
     assert names(tmp_path) == []
+
+
+def test_work_is_thrown_away(place, tmp_path):
+    with staged(place):
+        throw_away(place)
+        (place.content / "deep").mkdir(parents=True)
+        place.journal.write_text("")
+        throw_away(place)
+        assert names(tmp_path) == KEPT[:1] + KEPT[-1:]
+
+
+def test_new_parents_are_put_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(staging, "sync", synced.append)
+    with staged(Place(Path("out"), tmp_path / "a" / "b" / "out")):
+        assert synced == [tmp_path, tmp_path / "a"]
 
 
 def test_one_run_at_a_time(place, tmp_path):
     with staged(place):
+        place.content.mkdir()
         (place.content / "theirs").write_text("theirs")
         with pytest.raises(OutputError) as caught, staged(place):
             raise AssertionError("entered")
@@ -250,6 +326,7 @@ def test_publishing_replaces_only_when_told(place, tmp_path):
 
 def test_a_folder_that_is_filled_meanwhile_stays(place, tmp_path):
     with pytest.raises(OSError, match="not empty"), staged(place):
+        place.content.mkdir()
         (place.content / "file").write_text("new")
         place.target.mkdir()
         (place.target / "mine").write_text("mine")

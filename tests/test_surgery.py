@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from layercut.architecture import Member, find_stack
 from layercut.checkpoint import open_checkpoint
 from layercut.errors import RefusedError
+from layercut.plan import Edit
 from layercut.stack import LayerRef
 from layercut.surgery import (
     INDICES,
@@ -445,3 +446,58 @@ def test_what_a_config_says_of_layers_can_be_listed(tmp_path: Path) -> None:
         Dependent("linear_attn_config.full_attn_layers", [3, 6], "list of layer numbers from 1"),
         Dependent("linear_attn_config.kda_layers", [1, 2, 4, 5], "list of layer numbers from 1"),
     ]
+
+
+TIE = Edit(key="tie_word_embeddings", before=None, after=False, reason="a head")
+DTYPE = Edit(key="text_config.dtype", before="float32", after="bfloat16", reason="dtype")
+
+
+def asked(source: Member, order: Sequence[int], *more: Edit) -> Surgery:
+    refs = [LayerRef(model="m", index=index) for index in order]
+    return operate(source.checkpoint.config_text, "m", {"m": source}, refs, more)
+
+
+def test_edits_that_are_asked_for_are_made_on_an_unchanged_stack(tmp_path: Path) -> None:
+    text = '{"num_hidden_layers": 2,  "unknown_list": [1,2],\t"model_type": "gemma4"}'
+    done = asked(member(tmp_path / "m", text, 2), [0, 1], TIE)
+    assert done.text == '{"num_hidden_layers": 2,  "unknown_list": [1,2],\t"model_type": "gemma4", "tie_word_embeddings": false}'
+    assert done.edits == (TIE,)
+
+
+def test_edits_that_are_asked_for_come_after_those_of_the_layers(tmp_path: Path) -> None:
+    config = {"text_config": {"num_hidden_layers": 3, "dtype": "float32"}, "model_type": "x"}
+    done = asked(member(tmp_path / "m", config, 3), [0, 2], DTYPE, TIE)
+    assert [edit.key for edit in done.edits] == ["text_config.num_hidden_layers", "text_config.dtype", "tie_word_embeddings"]
+    after = {"text_config": {"num_hidden_layers": 2, "dtype": "bfloat16"}, "model_type": "x", "tie_word_embeddings": False}
+    assert json.loads(done.text) == after
+    assert list(json.loads(done.text)) == list(after)
+
+
+def test_a_stack_of_two_models_gathers_what_each_says_of_its_layers(tmp_path: Path) -> None:
+    one = member(tmp_path / "a", {"num_hidden_layers": 3, "layer_types": ["a0", "a1", "a2"], "first_k_dense_replace": 1}, 3)
+    two = member(tmp_path / "b", {"num_hidden_layers": 2, "layer_types": ["b0", "b1"], "first_k_dense_replace": 0}, 2)
+    order = [LayerRef(model="a", index=0), LayerRef(model="b", index=1), LayerRef(model="a", index=2)]
+    done = operate(one.checkpoint.config_text, "a", {"a": one, "b": two}, order)
+    assert json.loads(done.text) == {"num_hidden_layers": 3, "layer_types": ["a0", "b1", "a2"], "first_k_dense_replace": 1}
+    assert [edit.key for edit in done.edits] == ["layer_types"]
+
+
+def test_layers_with_arithmetic_follow_their_source(tmp_path: Path) -> None:
+    """A copy that adds nothing, an average and a map are layers of the config as any other."""
+    source = member(tmp_path / "m", {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"]}, 3)
+    order = [
+        LayerRef(model="m", index=0),
+        LayerRef(model="m", index=0, identity=True),
+        LayerRef(model="m", index=1, span=2, fitted="linear"),
+    ]
+    done = operate(source.checkpoint.config_text, "m", {"m": source}, order)
+    assert json.loads(done.text) == {"num_hidden_layers": 3, "layer_types": ["a", "a", "b"]}
+
+
+def test_what_only_one_of_two_models_says_cannot_be_described(tmp_path: Path) -> None:
+    one = member(tmp_path / "a", {"num_hidden_layers": 2, "layer_types": ["x", "y"]}, 2)
+    two = member(tmp_path / "b", {"num_hidden_layers": 2}, 2)
+    order = [LayerRef(model="a", index=0), LayerRef(model="b", index=1)]
+    with pytest.raises(RefusedError) as caught:
+        operate(one.checkpoint.config_text, "a", {"a": one, "b": two}, order)
+    assert str(caught.value) == "config.json: layer_types is set in 'a' but not in 'b': one config cannot describe both"

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import byte_tensors, write_checkpoint, write_safetensors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_executor import plan_for
 
 from layercut import verify as module
+from layercut.api import run_recipe
+from layercut.cli import main
+from layercut.contents import expected
 from layercut.executor import execute
-from layercut.header import read_header
-from layercut.report import read_report, write_report
+from layercut.header import encode_header, read_header
+from layercut.plan import TensorMade
+from layercut.report import file_digest, make_report, read_report, write_report
 from layercut.verify import Check, Verification, verify
 
 LAYERS = [("source", index) for index in (0, 1, 4, 4)]
 
 
 @pytest.fixture
-def output(byte_checkpoint, tmp_path):
-    """Four layers in two shards, with a tokenizer file."""
+def output(byte_checkpoint, tmp_path, monkeypatch):
+    """Four layers in two shards, with a tokenizer file. The source is where the report says: `source`, from the current directory."""
+    monkeypatch.chdir(tmp_path)
     source = byte_checkpoint("source", layers=6)
     (source / "tokenizer.json").write_text("{}")
     execute(plan_for({"source": source}, LAYERS, shards=2), tmp_path / "out", progress=False)
@@ -42,10 +51,10 @@ def rewrite(folder, change):
     (folder / "layercut.json").write_text(json.dumps(data))
 
 
-def fresh(code, folder):
+def fresh(code, folder, cwd=None):
     """Run code in a process of its own, with the folder as argument."""
     environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[1])}
-    return subprocess.run([sys.executable, "-c", code, folder], env=environment, capture_output=True, text=True, check=True)
+    return subprocess.run([sys.executable, "-c", code, folder], env=environment, cwd=cwd, capture_output=True, text=True, check=True)
 
 
 # Without loading
@@ -62,6 +71,7 @@ def test_a_good_output(output):
             Check(name="files", ok=True, detail="5 files are as the report says"),
             Check(name="no other files", ok=True, detail="there are no others"),
             Check(name="layers", ok=True, detail="4 layers, as num_hidden_layers and the report say"),
+            Check(name="contents", ok=True, detail="11 tensors are byte for byte those of the sources"),
         ),
     )
     assert found.ok
@@ -148,6 +158,7 @@ def test_a_weight_file_that_the_index_no_longer_names(output):
     assert failed(output) == {
         "files": "'model-00001-of-00002.safetensors' of the report is not there",
         "no other files": "'model.safetensors' is not of this output",
+        "contents": "'model.embed_tokens.weight' is not 'model.embed_tokens.weight' of 'source': they differ from byte 0 on (11 tensors differ)",
     }
 
 
@@ -190,7 +201,7 @@ def test_a_stale_depth(output):
     path = output / "config.json"
     path.write_text(path.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 6'))
     found = failed(output)
-    assert list(found) == ["files", "layers"]
+    assert list(found) == ["files", "layers", "contents"]
     seen = "numbered tensors are model.layers.* (4); depth keys are num_hidden_layers = 6"
     assert found["layers"].startswith(f"{path}: no layers found: {seen}")
 
@@ -198,7 +209,10 @@ def test_a_stale_depth(output):
 def test_a_report_of_another_depth(output):
     report = read_report(output)
     write_report(output, report.model_copy(update={"layers": report.layers[:3]}))
-    assert failed(output) == {"layers": "num_hidden_layers is 4, the report lists 3 layers"}
+    assert failed(output) == {
+        "layers": "num_hidden_layers is 4, the report lists 3 layers",
+        "contents": "the report lists 3 layers, config.json states 4",
+    }
 
 
 def test_layers_with_a_hole(tmp_path):
@@ -223,6 +237,199 @@ def test_no_torch_without_load(output):
         "print(verify(Path(sys.argv[1]), load=False).ok, sorted({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"
     )
     assert fresh(code, output).stdout == "True []\n"
+
+
+# Contents
+
+
+def entries(folder):
+    """Every tensor of a folder with its file and place."""
+    return [(path, entry) for path in sorted(folder.glob("*.safetensors")) for entry in read_header(path).tensors]
+
+
+def overwrite(path, offset, data):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def place(folder, name):
+    """File, first byte and bytes of a tensor."""
+    [(path, entry)] = [(path, entry) for path, entry in entries(folder) if entry.name == name]
+    return path, entry.begin, path.read_bytes()[entry.begin : entry.end]
+
+
+def test_a_flip_in_any_tensor_is_found(output):
+    for path, entry in entries(output):
+        for position in (entry.begin, entry.end - 1):
+            before = path.read_bytes()[position]
+            for bit in (0, 7):
+                overwrite(path, position, bytes([before ^ 1 << bit]))
+                layer = re.sub(r"layers\.(\d)", lambda match: f"layers.{LAYERS[int(match[1])][1]}", entry.name)
+                said = f"{entry.name!r} is not {layer!r} of 'source': they differ from byte {position - entry.begin} on"
+                assert failed(output) == {"contents": said}
+            overwrite(path, position, bytes([before]))
+    assert failed(output) == {}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_change_of_a_weight_byte_is_found(output, data):
+    path, entry = data.draw(st.sampled_from(entries(output)))
+    position, change = data.draw(st.integers(entry.begin, entry.end - 1)), data.draw(st.integers(1, 255))
+    before = path.read_bytes()[position]
+    overwrite(path, position, bytes([before ^ change]))
+    assert list(failed(output)) == ["contents"]
+    overwrite(path, position, bytes([before]))
+
+
+def test_swapped_layers_are_found(output):
+    """The same headers, the same bytes, in another order."""
+    one, other = (place(output, f"model.layers.{layer}.mlp.down_proj.weight") for layer in (0, 2))
+    overwrite(one[0], one[1], other[2])
+    overwrite(other[0], other[1], one[2])
+    said = "'model.layers.0.mlp.down_proj.weight' is not 'model.layers.0.mlp.down_proj.weight' of 'source': "
+    assert failed(output) == {"contents": said + "they differ from byte 7 on (2 tensors differ)"}
+
+
+def test_layers_that_are_swapped_in_the_report_are_found(output):
+    rewrite(output, lambda data: data["layers"].reverse())
+    found = failed(output)
+    assert list(found) == ["contents"]
+    assert found["contents"].endswith("they differ from byte 7 on (6 tensors differ)")
+
+
+def test_contents_are_left_out_on_request(output):
+    path, begin, _ = place(output, "model.norm.weight")
+    overwrite(path, begin, b"x")
+    assert [check.name for check in verify(output, load=False, contents=False).checks if not check.ok] == []
+
+
+def contents(folder):
+    """The contents check: whether it passes, and what it says."""
+    [check] = [check for check in verify(folder, load=False).checks if check.name == "contents"]
+    return check.ok, check.detail
+
+
+def test_a_source_that_is_gone(output, tmp_path):
+    (tmp_path / "source").rename(tmp_path / "elsewhere")
+    assert contents(output) == (True, "not checked: source 'source' ('source') is gone")
+    assert verify(output, load=False).ok
+
+
+def test_a_source_of_another_structure(output, tmp_path):
+    config = tmp_path / "source" / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert contents(output) == (True, "not checked: source 'source' ('source') is no longer what it was: config or structure are others")
+
+
+def test_a_source_that_is_damaged(output, tmp_path):
+    os.truncate(tmp_path / "source" / "model.safetensors", 100)
+    ok, said = contents(output)
+    assert ok and said.startswith("not checked: source 'source' ('source') cannot be opened: file is 100 bytes, ")
+
+
+def test_a_source_whose_values_were_changed(output, tmp_path):
+    """Digests are of structure: which of the two was changed nobody can know, but that they differ."""
+    path, begin, _ = place(tmp_path / "source", "model.layers.4.mlp.down_proj.weight")
+    overwrite(path, begin, b"x")
+    ok, said = contents(output)
+    assert not ok and said.startswith("'model.layers.2.mlp.down_proj.weight' is not 'model.layers.4.mlp.down_proj.weight' of 'source'")
+
+
+def test_a_source_in_the_hub_cache(tmp_path, byte_checkpoint, monkeypatch):
+    """Found by its commit, and not asked for anywhere else; `models` names it by an alias."""
+    commit = "0" * 40
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / commit
+    byte_checkpoint("source").rename(tmp_path / "source")
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / "source").rename(snapshot)
+    plan = plan_for({"m": snapshot}, [("m", 0), ("m", 5)])
+    source = plan.sources["m"].model_copy(update={"reference": "org/name@main", "revision": commit})
+    execute(plan.model_copy(update={"sources": {"m": source}}), tmp_path / "out", progress=False)
+    assert contents(tmp_path / "out") == (True, "not checked: source 'm' ('org/name@main') is not in the local Hub cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert contents(tmp_path / "out") == (True, "7 tensors are byte for byte those of the sources")
+
+
+def test_layers_and_ends_of_two_models(byte_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        byte_checkpoint(name)
+    recipe = "models: {one: a, two: b}\nslices: [{model: one, layer_range: [0, 3]}, {model: two, layer_range: [2, 6]}]\nbase_model: two\n"
+    (tmp_path / "r.yaml").write_text(recipe)
+    run_recipe(tmp_path / "r.yaml", out=tmp_path / "out", progress=False)
+    assert contents(tmp_path / "out") == (True, "17 tensors are byte for byte those of the sources")
+    path, begin, _ = place(tmp_path / "out", "lm_head.weight")
+    overwrite(path, begin, b"x")
+    assert contents(tmp_path / "out") == (False, "'lm_head.weight' is not 'lm_head.weight' of 'two': they differ from byte 0 on")
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert contents(tmp_path / "out") == (True, "not checked: source 'two' ('b') is gone")
+
+
+RECIPES = {
+    "scale": ("steps: [scale: {tensors: '*down*', by: 0.5, at: 1}]", 1),
+    "zero": ("steps: [zero: {tensors: '*o_proj*', at: [1, 2]}]", 2),
+    "merge": ("steps: [merge: {at: 1-3}]", 2),
+    "cast": ("dtype: bfloat16\nsteps: [prune: {at: 1}]", 13),
+    "parameters": ("parameters: {scale: [{filter: down_proj, value: [1, 0.25]}]}", 5),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_computed_tensors_are_computed_again(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {key: struct.pack("<64f", *(number / 7 for number in range(start, start + 64))) for start, key in enumerate(byte_tensors(6))}
+    write_checkpoint(tmp_path / "m", {key: ("F32", (8, 8), data) for key, data in values.items()}, {"num_hidden_layers": 6})
+    (tmp_path / "r.yaml").write_text(f"model: m\n{RECIPES[name][0]}\n")
+    run_recipe(tmp_path / "r.yaml", out=tmp_path / "out", progress=False)
+    ok, said = contents(tmp_path / "out")
+    assert ok and said.endswith(f" tensors are byte for byte those of the sources, {RECIPES[name][1]} of them computed again")
+    report = read_report(tmp_path / "out")
+    made = [e.name for e in expected(report).entries if isinstance(e, TensorMade)]
+    assert len(made) == RECIPES[name][1]
+    path, begin, data = place(tmp_path / "out", made[-1])
+    overwrite(path, begin + 5, bytes([data[5] ^ 1]))
+    assert contents(tmp_path / "out") == (False, f"{made[-1]!r} is not what its sources give: they differ from byte 5 on")
+
+
+def test_a_fitted_map_is_not_checked(output):
+    rewrite(output, lambda data: data["layers"][1].update(fitted="linear"))
+    assert contents(output) == (True, "not checked: the output holds a map that was fitted, which no source holds")
+
+
+def test_a_recipe_of_another_dtype(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "m", {f"model.layers.{n}.w": ("F32", (2,), bytes(8)) for n in range(3)}, {"num_hidden_layers": 3})
+    (tmp_path / "r.yaml").write_text("model: m\nsteps: [prune: {at: 1}]\n")
+    run_recipe(tmp_path / "r.yaml", out=tmp_path / "out", progress=False)
+    rewrite(tmp_path / "out", lambda data: data["recipe"].update(dtype="float16"))
+    assert contents(tmp_path / "out") == (False, "'model.layers.0.w' is F32 [2], and should be F16 [2]")
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """Half a gigabyte in one tensor, as a hole."""
+    size = 1 << 29
+    for folder, layers in (("m", 2), ("out", 1)):
+        names = [f"model.layers.{n}.w" for n in range(layers)]
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps({"num_hidden_layers": layers}))
+        head = encode_header([(name, "U8", (size if name.endswith(".0.w") else 1,)) for name in names], {"format": "pt"})
+        (tmp_path / folder / "model.safetensors").write_bytes(head)
+        os.truncate(tmp_path / folder / "model.safetensors", len(head) + size + layers - 1)
+    plan = plan_for({"m": tmp_path / "m"}, [("m", 0)])
+    files = {"config.json": file_digest(tmp_path / "out" / "config.json")}
+    write_report(tmp_path / "out", make_report(plan, files=files, parameters=size, timings={}))
+    code = (
+        "import re, resource, sys; from pathlib import Path; from layercut.verify import verify\n"
+        "[check] = [check for check in verify(Path(sys.argv[1]), load=False).checks if check.name == 'contents']\n"
+        "status = Path('/proc/self/status')\n"
+        "peak = int(re.search('VmHWM:\\\\s+([0-9]+)', status.read_text())[1]) if status.exists() else 0\n"
+        "print(check.ok, check.detail); print(peak >> 10)"
+    )
+    said, peak = fresh(code, tmp_path / "out", cwd=tmp_path).stdout.splitlines()
+    assert said == "True 1 tensors are byte for byte those of the sources"
+    assert int(peak) < 100
 
 
 # With transformers
@@ -328,14 +535,23 @@ def test_layer_types_of_another_depth(tiny, tmp_path):
     assert list(failed(tmp_path / "out", load=True)) == ["load"]
 
 
-def test_code_of_the_checkpoint_is_not_run(cut, tmp_path):
+HINT = "what loads no model works: recipes without 'auto', verify --no-load"
+
+
+def test_code_of_the_checkpoint_is_not_run(cut, tmp_path, capsys):
     config = json.loads((cut / "config.json").read_text())
     names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
     config.update(model_type="evil", architectures=["Evil"], auto_map=dict.fromkeys(names, "evil.Evil"))
     (cut / "config.json").write_text(json.dumps(config))
     (cut / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     (cut / "layercut.json").unlink()
-    assert list(failed(cut, load=True)) == ["load"]
+    message = f"{cut}: transformers could read this only with Python code that comes with it, and layercut runs no code of a checkpoint"
+    assert failed(cut, load=True) == {"load": f"{message}; what loads no model works: recipes without 'auto', verify --no-load"}
+    for arguments in (["eval", str(cut), "-q"], ["run", str(tmp_path / "r.yaml"), "-q"], ["verify", str(cut), "--no-load"]):
+        (tmp_path / "r.yaml").write_text(f"model: {cut}\nsteps: [prune: {{layers: 1}}]\noutput: {tmp_path}/o\n")
+        status, shown = main(arguments), capsys.readouterr()
+        assert (status, shown.err) == ((0, "") if "verify" in arguments else (1, f"error: {message}; {HINT}\n"))
+        assert "trust" not in shown.err
     assert not (tmp_path / "ran").exists()
 
 

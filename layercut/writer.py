@@ -1,0 +1,166 @@
+"""Writes the files of a plan one after the other, records what is on the disk, and goes on in the middle of a file. Checks nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from layercut.arithmetic import write_made
+from layercut.checkpoint import CONFIG, INDEX, Checkpoint
+from layercut.copying import Range, SourceFiles, coalesce, new_file, sync, write_bytes
+from layercut.errors import OutputError
+from layercut.header import ITEM_BITS
+from layercut.journal import Entry, Journal, continued_file
+from layercut.plan import Plan, TensorCopy, TensorMade
+from layercut.report import file_digest
+from layercut.staging import Place
+
+# Bytes of one file that a crash can cost: a longer file is put on the disk, and recorded, at every multiple of this.
+MARK = 128 << 20
+
+Step = Range | TensorMade
+
+
+class Piece(NamedTuple):
+    """Some bytes of a file, and where in it they begin and end."""
+
+    step: Step
+    offset: int
+    end: int
+
+
+class Writer(NamedTuple):
+    """What is written where, and what is there already."""
+
+    plan: Plan
+    sources: Mapping[str, Checkpoint]
+    headers: Mapping[str, bytes]
+    """Header of every weight file."""
+    place: Place
+    journal: Journal
+    kept: Mapping[str, Entry]
+    """What an earlier run left of the files."""
+
+    def write_all(self, advance: Callable[[int], object]) -> None:
+        """All files but the report, in plan order and the index last, each on the disk before the next begins.
+
+        `advance` is called with the number of bytes after every step, and for what is kept. Raises OutputError, and CheckpointError
+        when a source cannot be read or was changed.
+        """
+        actions = self.plan.actions
+        folders = {alias: checkpoint.folder for alias, checkpoint in self.sources.items()}
+        with ExitStack() as stack:
+            opened = SourceFiles(stack)
+
+            def put(piece: Piece, target: int) -> None:
+                if isinstance(piece.step, Range):
+                    opened.copy(piece.step, target, piece.offset, advance)
+                else:
+                    self._compute(piece.step, folders, opened, target, piece.offset, advance)
+
+            def write(name: str, start: bytes, steps: Iterable[Step] = ()) -> None:
+                self._write(name, start, steps, put, advance)
+
+            write(CONFIG, actions.config.encode())
+            for file in actions.files:
+                write(file.name, self.headers[file.name], steps_of(file.tensors, folders))
+            for companion in actions.companions:
+                write(companion.name, b"", [Range(folders[companion.model] / companion.name, 0, companion.size)])
+            for name, text in sorted(actions.texts.items()):
+                write(name, text.encode())
+            if actions.index is not None:
+                write(INDEX, actions.index.encode())
+            opened.check_unchanged()
+
+    def _write(
+        self, name: str, start: bytes, steps: Iterable[Step], put: Callable[[Piece, int], None], advance: Callable[[int], object]
+    ) -> None:
+        """Put one file on the disk, or what is missing of it, and record it."""
+        path, shown = self.place.content / name, self.place.shown / name
+        kept = self.kept.get(name)
+        if kept is not None and kept.digest is not None:
+            advance(kept.size)
+            return
+        position = len(start) if kept is None else kept.size
+        with new_file(path, shown) if kept is None else continued_file(path, shown, kept.size) as target:
+            if kept is None:
+                write_bytes(target, start)
+            advance(position)
+            recorded = position
+            for piece in pieces(steps, len(start), position):
+                put(piece, target)
+                position = piece.end
+                if position // MARK > recorded // MARK:
+                    os.fsync(target)
+                    self._sync(path)
+                    self.journal.record(name, position)
+                    recorded = position
+        self._sync(path)
+        self.journal.record(name, position, hashlib.sha256(start).hexdigest() if name in self.headers else file_digest(path).sha256)
+
+    def _compute(
+        self, made: TensorMade, folders: Mapping[str, Path], opened: SourceFiles, target: int, offset: int, advance: Callable[[int], object]
+    ) -> None:
+        try:
+            write_made(made, folders, opened, target, offset, advance)
+        except OutputError:
+            # Not the disk but the numbers: the same command would end here again, so there is nothing to go on from.
+            self.place.journal.unlink(missing_ok=True)
+            raise
+
+    def _sync(self, path: Path) -> None:
+        """Put the name of a file on the disk."""
+        for folder in path.parents:
+            sync(folder)
+            if folder == self.place.staging:
+                return
+
+
+def steps_of(tensors: Iterable[TensorCopy | TensorMade], folders: Mapping[str, Path]) -> Iterator[Step]:
+    """Tensors in the order of their bytes, with copies that lie together in the source joined."""
+    copies: list[Range] = []
+    for tensor in tensors:
+        if isinstance(tensor, TensorMade):
+            yield from coalesce(copies)
+            copies.clear()
+            yield tensor
+        else:
+            copies.append(Range(folders[tensor.model] / tensor.file, tensor.begin, tensor.end))
+    yield from coalesce(copies)
+
+
+def pieces(steps: Iterable[Step], offset: int, resume: int) -> Iterator[Piece]:
+    """The steps, of which the first begins at `offset` of the file, without what lies in its first `resume` bytes.
+
+    They are cut at multiples of MARK in the file, where progress is recorded. These are multiples of any block, so whole blocks stay whole.
+    """
+    for step in steps:
+        size = step.nbytes if isinstance(step, TensorMade) else step.end - step.begin
+        width = ITEM_BITS[step.dtype] // 8 if isinstance(step, TensorMade) else 1
+        done = min(size, max(0, resume - offset))
+        done -= done % width
+        while done < size:
+            room = MARK - (offset + done) % MARK
+            count = min(size - done, max(room - room % width, width))
+            yield Piece(_cut(step, done, done + count), offset + done, offset + done + count)
+            done += count
+        offset += size
+
+
+def _cut(step: Step, first: int, last: int) -> Step:
+    """The bytes `first` to `last` of a step, as a step of its own. Arithmetic is elementwise, so this gives the same bytes."""
+    if isinstance(step, Range):
+        return step._replace(begin=step.begin + first, end=step.begin + last)
+    if (first, last) == (0, step.nbytes):
+        return step
+    width = ITEM_BITS[step.dtype] // 8
+    begin, end = first // width, last // width
+    parts = []
+    for part in step.parts:
+        each = ITEM_BITS[part.dtype] // 8
+        parts.append(part.model_copy(update={"begin": part.begin + begin * each, "end": part.begin + end * each}))
+    return step.model_copy(update={"shape": (end - begin,), "parts": tuple(parts)})

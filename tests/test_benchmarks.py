@@ -1,0 +1,330 @@
+"""The parity benchmark without mergekit: its recipes are read, its comparison sees one bit, and its rules explain no more than they say."""
+
+from __future__ import annotations
+
+import re
+import struct
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tensors, write_checkpoint
+from packaging.requirements import Requirement
+
+from layercut.checkpoint import Checkpoint, open_checkpoint
+from layercut.errors import RecipeError
+from layercut.planner import build_plan
+from layercut.recipe import parse_recipe
+from layercut.yamltext import YamlText
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import mergekit_parity as parity  # noqa: E402
+import parity_cases as cases  # noqa: E402
+import parity_rules as rules  # noqa: E402
+
+Tensors = Mapping[str, torch.Tensor]
+CASE = cases.Case("x", "llama", "slices: []\n")
+REFUSED = {"range above the model", "range that runs backwards", "range that is empty"}
+
+
+def outcome(
+    tensors: Tensors, config: Mapping[str, Any] | None = None, failure: str | None = None, fault: str | None = None
+) -> rules.Outcome:
+    return rules.Outcome(failure, tensors, config or {}, fault)
+
+
+def pair(theirs: rules.Outcome, ours: rules.Outcome, *sources: rules.Source, case: cases.Case = CASE) -> rules.Pair:
+    return rules.Pair(case, theirs, ours, {str(number): source for number, source in enumerate(sources)})
+
+
+def judged(made: rules.Pair) -> tuple[dict[str, int], list[str]]:
+    counts, rest = rules.explain(made, rules.differences(made))
+    return counts, [difference.what for difference in rest]
+
+
+# Cases
+
+
+def test_cases_cover_what_the_page_says() -> None:
+    assert len(cases.CASES) >= 25
+    assert len({(case.family, case.name) for case in cases.CASES}) == len(cases.CASES)
+    assert {case.family for case in cases.CASES} >= {"llama", "mistral", "phi3", "gpt2", "mixtral"}
+    texts = " ".join(case.text for case in cases.CASES)
+    for word in ("dtype:", "out_dtype:", "base_model:", "models:", "linear", "filter:", "lora: null", "llama-tied", "scale: ["):
+        assert word in texts
+    assert {name for name in cases.MODELS if not any(re.search(rf"\b{name}\b(?!-)", case.text) for case in cases.CASES)} == set()
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: f"{case.family}, {case.name}")
+def test_case_is_read_and_planned(case: cases.Case, tmp_path: Path) -> None:
+    """By layercut, on byte models of six layers; the three that name layers that are not there are refused."""
+    made: dict[str, Checkpoint] = {}
+
+    def resolve(reference: str) -> Checkpoint:
+        assert reference in cases.MODELS
+        if reference not in made:
+            tied = reference == "llama-tied"
+            data = ("F32", (4, 4), struct.pack("<16f", *range(16)))
+            tensors = {name: data for name in byte_tensors(6) if not (tied and name == "lm_head.weight")}
+            config = {"model_type": "llama", "num_hidden_layers": 6, "vocab_size": 4, "tie_word_embeddings": tied}
+            made[reference] = open_checkpoint(write_checkpoint(tmp_path / reference, tensors, config))
+        return made[reference]
+
+    def planned() -> int:
+        recipe = parse_recipe(YamlText(case.text, "recipe.yaml"))
+        return len(build_plan(recipe, resolve=resolve, measure=None).actions.layers)  # type: ignore[arg-type]
+
+    if case.name in REFUSED:
+        with pytest.raises(RecipeError, match=r"leaves the model|is empty"):
+            planned()
+    else:
+        assert planned() == expected_depth(case)
+
+
+def expected_depth(case: cases.Case) -> int:
+    """Layers by plain counting over the ranges in the text, a source of weight 0 left out."""
+    text = "\n".join(line for line in case.text.splitlines() if "weight: 0}" not in line)
+    ranges = re.findall(r"layer_range: \['?([\d.]+)'?, '?(\d+)'?\]", text)
+    return sum(int(stop) - int(float(start)) for start, stop in ranges) if ranges else cases.LAYERS
+
+
+# The comparison
+
+
+def test_equal_outputs_have_no_difference() -> None:
+    one = {"a": torch.tensor([1.0, float("nan"), -0.0]), "b": torch.ones(2, 3, dtype=torch.bfloat16)}
+    config = {"num_hidden_layers": 2, "torch_dtype": "bfloat16"}
+    same = pair(outcome(one, config), outcome({k: v.clone() for k, v in one.items()}, {"num_hidden_layers": 2, "dtype": "bfloat16"}))
+    assert rules.differences(same) == []
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "how"),
+    [
+        (torch.tensor([0.0]), torch.tensor([-0.0]), "values"),
+        (torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 2.0]]), "float32[2] and float32[1, 2]"),
+        (torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float16), "float32[1] and float16[1]"),
+        (torch.tensor([1.0]), torch.tensor([1.0]).nextafter(torch.tensor(2.0)), "values"),
+    ],
+)
+def test_one_bit_is_a_difference(theirs: torch.Tensor, ours: torch.Tensor, how: str) -> None:
+    assert rules.differences(pair(outcome({"w": theirs}), outcome({"w": ours}))) == [rules.Difference("w", how)]
+
+
+def test_names_configs_and_faults_are_compared() -> None:
+    t = torch.ones(1)
+    made = pair(
+        outcome({"a": t}, {"num_hidden_layers": 6, "layer_types": ["x"]}, fault="2 missing keys, b first"),
+        outcome({"b": t}, {"num_hidden_layers": 4, "layer_types": ["x"], "torch_dtype": "float16"}),
+    )
+    assert rules.differences(made) == [
+        rules.Difference("a", "mergekit only"),
+        rules.Difference("b", "layercut only"),
+        rules.Difference("config:num_hidden_layers", "6 and 4"),
+        rules.Difference("config:dtype", 'null and "float16"'),
+        rules.Difference("load:mergekit", "2 missing keys, b first"),
+    ]
+    assert judged(made)[1], "nothing explains all of that"
+
+
+def test_failures_are_differences_unless_both_fail() -> None:
+    t = {"a": torch.ones(1)}
+    failed, done = outcome({}, failure="error: x"), outcome(t)
+    assert rules.differences(pair(failed, failed)) == []
+    assert judged(pair(done, failed)) == ({}, ["a", "failure:layercut"])
+    assert judged(pair(failed, done)) == ({}, ["a", "failure:mergekit"])
+
+
+def test_a_layercut_output_that_does_not_load_is_never_explained() -> None:
+    good = {"model.layers.0.w": torch.ones(1)}
+    for fault in ("1 missing keys, lm_head.weight first", "logits are not finite"):
+        made = pair(outcome(good, {"num_hidden_layers": 6}), outcome(good, {"num_hidden_layers": 1}, fault=fault))
+        assert "load:layercut" in judged(made)[1]
+
+
+# The rules
+
+
+def test_rules_have_a_name_and_a_sentence() -> None:
+    assert len({rule.name for rule in rules.RULES}) == len(rules.RULES)
+    assert all(rule.text.endswith(".") and len(rule.text) > 40 for rule in rules.RULES)
+    assert len(list(rules.rules_text())) == len(rules.RULES)
+
+
+def test_true_zeros() -> None:
+    minus = torch.tensor([0.0, -0.0])
+    assert judged(pair(outcome({"w": minus}), outcome({"w": torch.zeros(2)}))) == ({"true zeros": 1}, [])
+    assert judged(pair(outcome({"w": torch.zeros(2)}), outcome({"w": minus})))[1] == ["w"], "the zeros of layercut are the plain ones"
+    assert judged(pair(outcome({"w": torch.tensor([0.0, 1e-30])}), outcome({"w": torch.zeros(2)})))[1] == ["w"]
+
+
+def experts(number: int = 3) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """One layer in both spellings: fused, and expert by expert."""
+    torch.manual_seed(0)
+    one = {
+        f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight": torch.randn(*((4, 6) if w == "w2" else (6, 4)))
+        for e in range(number)
+        for w in ("w1", "w2", "w3")
+    }
+    one["model.layers.0.block_sparse_moe.gate.weight"] = torch.randn(number, 4)
+
+    def stacked(*names: str) -> torch.Tensor:
+        rows = [torch.cat([one[f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight"] for w in names]) for e in range(number)]
+        return torch.stack(rows)
+
+    fused = {
+        "model.layers.0.mlp.experts.gate_up_proj": stacked("w1", "w3"),
+        "model.layers.0.mlp.experts.down_proj": stacked("w2"),
+        "model.layers.0.mlp.gate.weight": one["model.layers.0.block_sparse_moe.gate.weight"],
+    }
+    return fused, one
+
+
+def test_fused_experts() -> None:
+    fused, one = experts()
+    assert judged(pair(outcome(fused), outcome(one))) == ({"fused experts": 13}, [])
+    wrong = {**one, "model.layers.0.block_sparse_moe.experts.1.w3.weight": torch.zeros(6, 4)}
+    left = judged(pair(outcome(fused), outcome(wrong)))[1]
+    assert "model.layers.0.mlp.experts.gate_up_proj" in left and "model.layers.0.mlp.experts.down_proj" not in left
+    swapped = {**one, "model.layers.0.block_sparse_moe.gate.weight": torch.zeros(3, 4)}
+    assert len(judged(pair(outcome(fused), outcome(swapped)))[1]) == 2
+
+
+def test_lost_biases() -> None:
+    bias, weight = torch.tensor([1.0, 2.0]), torch.ones(2, 2)
+    source = rules.Source({"model.layers.3.q.bias": bias, "model.layers.3.q.weight": weight}, {})
+    theirs = outcome({"model.layers.0.q.weight": weight}, fault="1 missing keys, model.layers.0.q.bias first")
+    ours = {"model.layers.0.q.weight": weight, "model.layers.0.q.bias": bias.clone()}
+    assert judged(pair(theirs, outcome(ours), source)) == ({"lost biases": 2}, [])
+    invented = {**ours, "model.layers.0.q.bias": bias + 1}
+    assert judged(pair(theirs, outcome(invented), source))[1] == ["model.layers.0.q.bias"]
+    assert judged(pair(outcome({}), outcome({"model.layers.0.q.weight": weight}), source))[1] == ["model.layers.0.q.weight"]
+
+
+def test_head_of_the_last_model() -> None:
+    embed, head, other = torch.randn(3, 2), torch.randn(3, 2), torch.randn(3, 2)
+    tied = rules.Source({"model.embed_tokens.weight": embed}, {"tie_word_embeddings": True})
+    untied = rules.Source({"model.embed_tokens.weight": other, "lm_head.weight": head}, {"tie_word_embeddings": False})
+    theirs = outcome({}, {"tie_word_embeddings": True}, fault="1 missing keys, lm_head.weight first")
+    said = {"tie_word_embeddings": False}
+    assert judged(pair(theirs, outcome({"lm_head.weight": embed.clone()}, said), untied, tied)) == ({"head of the last model": 3}, [])
+    assert "lm_head.weight" in judged(pair(theirs, outcome({"lm_head.weight": embed + 1}, said), untied, tied))[1]
+    assert "lm_head.weight" in judged(pair(theirs, outcome({"lm_head.weight": embed}, said), untied, untied))[1]
+
+
+def test_weight_and_division() -> None:
+    exact = torch.tensor([0.1, 0.7, -3.3])
+    source = rules.Source({"w": exact}, {})
+    near = exact * 0.7 / 0.7
+    near[0] = exact[0].nextafter(torch.tensor(1.0))
+    assert judged(pair(outcome({"w": near}), outcome({"w": exact.clone()}), source)) == ({"weight and division": 1}, [])
+    assert judged(pair(outcome({"w": exact}), outcome({"w": near}), source))[1] == ["w"], "the copy is that of layercut"
+    assert judged(pair(outcome({"w": exact * 1.001}), outcome({"w": exact.clone()}), source))[1] == ["w"]
+
+
+def test_lists_of_layers() -> None:
+    message = "StrictDataclassClassValidationError: num_hidden_layers (4) must be equal to the number of layer_types (6)"
+    tensors, config = {"w": torch.ones(1)}, {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    assert judged(pair(outcome(tensors, {}, failure=message), outcome(tensors, config))) == ({"lists of layers": 3}, [])
+    assert judged(pair(outcome(tensors, {}, failure="OutOfMemory"), outcome(tensors, config)))[1][-1] == "failure:mergekit"
+    other = {"w": torch.zeros(1)}
+    assert judged(pair(outcome(other, {}, failure=message), outcome(tensors, config)))[1] == ["w"], "what was written must be equal"
+
+
+def test_depth_of_unknown_types() -> None:
+    tensors = {f"model.layers.{n}.w": torch.ones(1) for n in range(4)}
+    theirs = outcome(tensors, {"num_hidden_layers": 6}, fault="18 missing keys, model.layers.4.w first")
+    assert judged(pair(theirs, outcome(tensors, {"num_hidden_layers": 4}))) == ({"depth of unknown types": 2}, [])
+    assert len(judged(pair(theirs, outcome(tensors, {"num_hidden_layers": 5})))[1]) == 2
+
+
+def test_giver_of_the_config() -> None:
+    one, two = rules.Source({}, {"torch_dtype": "float32"}), rules.Source({}, {"torch_dtype": "bfloat16"})
+    theirs, ours = outcome({}, {"dtype": "bfloat16"}), outcome({}, {"torch_dtype": "float32"})
+    assert judged(pair(theirs, ours, one, two)) == ({"giver of the config": 1}, [])
+    assert judged(pair(theirs, ours, two, one))[1] == ["config:dtype"], "layercut takes the first"
+    named = cases.Case("x", "llama", "base_model: one\n")
+    assert judged(pair(theirs, ours, one, two, case=named))[1] == ["config:dtype"]
+
+
+def test_name_of_the_dtype() -> None:
+    fault = "does not load: module 'torch' has no attribute 'torch.float16'"
+    theirs = outcome({}, {"dtype": "torch.float16"}, fault=fault)
+    assert judged(pair(theirs, outcome({}, {"dtype": "float16"}))) == ({"name of the dtype": 2}, [])
+    assert len(judged(pair(theirs, outcome({}, {"dtype": "bfloat16"})))[1]) == 2
+
+
+def test_empty_ranges() -> None:
+    refused = outcome({}, failure="error: r.yaml:4:1: layer_range [3, 1] is empty: [a, b) holds layers a to b - 1; did you mean [1, 3]?")
+    assert judged(pair(outcome({"w": torch.ones(1)}, {"num_hidden_layers": 2}), refused))[1] == []
+    other = outcome({}, failure="error: r.yaml:4:1: no such folder")
+    assert judged(pair(outcome({"w": torch.ones(1)}), other))[1] == ["w", "failure:layercut"]
+
+
+# The table and the page
+
+
+def row(verdict: str = "equal") -> parity.Row:
+    failure = "RuntimeError: a | b" if verdict == "fails" else None
+    odd = [rules.Difference("w", "values"), rules.Difference("v", "values")] if verdict == "odd" else []
+    named = {"true zeros": 2} if verdict == "explained" else {}
+    loads = ["mergekit", "layercut"] if failure is None else ["layercut"]
+    return parity.Row(CASE, parity.Run(failure, 6.0), parity.Run(None, 0.5), 10, 10 - len(odd), named, odd, loads)
+
+
+def test_table() -> None:
+    lines = parity.table([row(), row("explained"), row("odd"), row("fails")]).splitlines()
+    assert lines[2:] == [
+        "| x | llama | ok | 10 of 10 | equal | both | 6.0 / 0.5 | 12.0 |",
+        "| x | llama | ok | 10 of 10 | explained: true zeros | both | 6.0 / 0.5 | 12.0 |",
+        "| x | llama | ok | 8 of 10 | NOT EXPLAINED: w (values) and 1 more | both | 6.0 / 0.5 | 12.0 |",
+        "| x | llama | fails: RuntimeError: a \\| b | 10 of 10 | equal | layercut | 6.0 / 0.5 | 12.0 |",
+    ]
+
+
+def test_summary_counts() -> None:
+    text = parity.summary([row(), row("explained"), row("odd")])
+    assert text.startswith(
+        "3 recipes: 1 equal to the bit, 1 with differences that the rules explain, 0 refused by both, 1 with differences"
+    )
+    assert "Processor time, mergekit / layercut: 12.0 to 12.0, median 12.0." in text
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("Traceback\n  x\nRuntimeError: bad\n", "RuntimeError: bad"),
+        ("a.b.SomeError: first:\n  second\n", "a.b.SomeError: first: second"),
+        ("error: one line\n", "error: one line"),
+        ("nothing known\nlast\n", "last"),
+        ("", "no message"),
+    ],
+)
+def test_last_error(text: str, line: str) -> None:
+    assert parity._last_error(text) == line
+
+
+def test_the_page_is_that_of_these_cases() -> None:
+    """The page that is kept was made from all cases as they are, and holds no difference that nothing explains."""
+    page = (BENCHMARKS / "mergekit_parity.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (\S+) \| (?:ok|fails)", page, re.MULTILINE)
+    assert [(family, name.replace("\\*", "*")) for name, family in rows] == [(case.family, case.name) for case in cases.CASES]
+    assert "NOT EXPLAINED" not in page and ", 0 with differences that nothing explains." in page
+    assert "mergekit 0.1.5, torch 2.13.0, transformers 5.24.0" in page
+    assert all(f"- **{rule.name}**: {rule.text}" in page for rule in rules.RULES)
+    assert not re.search(r"(^|[\s(`'\"])/(?:tmp|root|home|work)\b", page), "no path of a machine"
+
+
+def test_versions_are_pinned() -> None:
+    pins = [
+        Requirement(line) for line in (BENCHMARKS / "parity-constraints.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"
+    ]
+    assert all([spec.operator for spec in pin.specifier] == ["=="] and "+" not in str(pin.specifier) for pin in pins)
+    found = {pin.name.lower(): str(pin.specifier) for pin in pins}
+    assert {found[name] for name in ("mergekit", "torch")} == {"==0.1.5", "==2.13.0"}
+    assert set(parity.PACKAGES) <= set(found)

@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_checkpoint
+
+from layercut.architecture import Member, find_stack
+from layercut.checkpoint import Checkpoint, open_checkpoint
+from layercut.choices import Evidence, StepSite
+from layercut.errors import RecipeError
+from layercut.metrics import Angular, Cosine
+from layercut.operations import Wish
+from layercut.plan import Candidate, Choice, Measurement, Plan, Table, TensorMade
+from layercut.planner import build_plan
+from layercut.recipe import Recipe, parse_recipe
+from layercut.stack import Block, LayerRef, Stack
+from layercut.yamltext import YamlText
+
+DEPTH = 6
+Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+class Meter:
+    """A measuring function with one matrix for every metric and every pair of models; counts its calls."""
+
+    def __init__(self, matrix: Sequence[Sequence[float]], stderr: float = 0.0) -> None:
+        self.rows = tuple(tuple(row) for row in matrix)
+        self.stderr = tuple(tuple(stderr for _ in row) for row in matrix)
+        self.calls = 0
+
+    def __call__(self, members: Mapping[str, Member], metrics: Sequence[Any], calibration: Any) -> Measurement:
+        self.calls += 1
+        names = list(members)
+        pairs = [(a, b) for at, a in enumerate(names) for b in names[at:]]
+        tables = [Table(metric=metric.label, a=a, b=b, mean=self.rows, stderr=self.stderr) for metric in metrics for a, b in pairs]
+        return Measurement(tables=tuple(tables), samples=1, tokens=1, details={})
+
+
+def never(*_: Any) -> Measurement:
+    raise AssertionError("nothing is to be measured")
+
+
+def distances(seed: int = 3, depth: int = DEPTH) -> list[list[float]]:
+    dice = random.Random(seed)
+    matrix = [[0.0] * (depth + 1) for _ in range(depth + 1)]
+    for i in range(depth + 1):
+        for j in range(i):
+            matrix[i][j] = matrix[j][i] = dice.choice([0.1, 0.2, 0.3, 0.4, 0.5])
+    return matrix
+
+
+def f32(*shape: int) -> tuple[str, tuple[int, ...], bytes]:
+    return "F32", shape, bytes(4 * prod(shape))
+
+
+def staircase(tied: bool = False, embedding: int = 16) -> Tensors:
+    """Six layers of different size: layer i has 2 (i + 1) + 2 elements."""
+    tensors: Tensors = {"model.embed_tokens.weight": f32(embedding, 2)}
+    for layer in range(DEPTH):
+        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] = f32(layer + 1, 2)
+        tensors[f"model.layers.{layer}.input_layernorm.weight"] = f32(2)
+    tensors["model.norm.weight"] = f32(2)
+    return tensors if tied else {**tensors, "lm_head.weight": f32(embedding, 2)}
+
+
+def checkpoint(folder: Path, tensors: Tensors, **config: Any) -> Checkpoint:
+    return open_checkpoint(write_checkpoint(folder, tensors, {"model_type": "llama", "num_hidden_layers": DEPTH, **config}))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return checkpoint(tmp_path_factory.mktemp("choices") / "m", staircase())
+
+
+def plan_of(text: str, measure: Any, **models: Checkpoint) -> Plan:
+    return build_plan(parse_recipe(YamlText(text, "r.yaml")), resolve=models.__getitem__, measure=measure)
+
+
+def pruned(model: Checkpoint, prune: str, measure: Any = None, more: str = "") -> Plan:
+    return plan_of(f"model: m\n{more}steps:\n- prune: {{{prune}}}", measure or Meter(distances()), m=model)
+
+
+def parameters(plan: Plan) -> int:
+    return sum(prod(tensor.shape) for file in plan.actions.files for tensor in file.tensors)
+
+
+def said(*arguments: Any, **more: Any) -> str:
+    with pytest.raises(RecipeError) as caught:
+        pruned(*arguments, **more)
+    return str(caught.value)
+
+
+# The outputs of a layer
+
+FAMILIES = {
+    "llama": (
+        ("self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight"),
+        (1, 3),
+    ),
+    "qwen2 with biases": (("self_attn.q_proj.bias", "self_attn.o_proj.bias", "mlp.gate_proj.weight", "mlp.down_proj.bias"), (1, 3)),
+    "gpt2": (
+        (
+            "ln_1.weight",
+            "attn.c_attn.weight",
+            "attn.c_proj.weight",
+            "attn.c_proj.bias",
+            "mlp.c_fc.bias",
+            "mlp.c_proj.weight",
+            "mlp.c_proj.bias",
+        ),
+        (2, 3, 5, 6),
+    ),
+    "mixtral": (
+        (
+            "self_attn.o_proj.weight",
+            "block_sparse_moe.gate.weight",
+            "block_sparse_moe.experts.0.w1.weight",
+            "block_sparse_moe.experts.0.w2.weight",
+            "block_sparse_moe.experts.11.w2.weight",
+            "block_sparse_moe.experts.11.w3.weight",
+        ),
+        (0, 3, 4),
+    ),
+    "fused experts": (("self_attn.o_proj.weight", "mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"), (0, 3)),
+    "deepseek": (
+        (
+            "self_attn.kv_b_proj.weight",
+            "self_attn.o_proj.weight",
+            "mlp.experts.7.down_proj.weight",
+            "mlp.shared_experts.down_proj.weight",
+            "mlp.shared_experts.up_proj.weight",
+        ),
+        (1, 2, 3),
+    ),
+    "falcon": (
+        ("self_attention.query_key_value.weight", "self_attention.dense.weight", "mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight"),
+        (1, 3),
+    ),
+    "gpt neox": (("attention.query_key_value.bias", "attention.dense.bias", "mlp.dense_h_to_4h.bias", "mlp.dense_4h_to_h.bias"), (1, 3)),
+    "bloom": (
+        ("self_attention.dense.weight", "self_attention.dense.bias", "mlp.dense_4h_to_h.bias", "post_attention_layernorm.bias"),
+        (0, 1, 2),
+    ),
+    "phi": (
+        ("self_attn.q_proj.bias", "self_attn.dense.weight", "self_attn.dense.bias", "mlp.fc1.weight", "mlp.fc2.weight", "mlp.fc2.bias"),
+        (1, 2, 4, 5),
+    ),
+    "opt": (
+        ("self_attn.out_proj.weight", "self_attn.out_proj.bias", "fc1.weight", "fc2.weight", "fc2.bias", "final_layer_norm.bias"),
+        (0, 1, 3, 4),
+    ),
+    "gpt j": (("attn.out_proj.weight", "mlp.fc_in.weight", "mlp.fc_out.weight", "mlp.fc_out.bias"), (0, 2, 3)),
+    "mpt": (("attn.Wqkv.weight", "attn.out_proj.weight", "ffn.up_proj.weight", "ffn.down_proj.weight"), (1, 3)),
+    "internlm2": (
+        ("attention.wqkv.weight", "attention.wo.weight", "feed_forward.w1.weight", "feed_forward.w2.weight", "feed_forward.w3.weight"),
+        (1, 3),
+    ),
+    "starcoder2": (("self_attn.o_proj.bias", "mlp.c_fc.weight", "mlp.c_proj.weight"), (0, 2)),
+    "jamba": (
+        ("mamba.in_proj.weight", "mamba.out_proj.weight", "feed_forward.experts.3.down_proj.weight", "feed_forward.router.weight"),
+        (1, 2),
+    ),
+    "nobody knows": (("time_mix.value.weight", "channel_mix.key.weight", "dense.weight", "w22.weight", "xfc2.weight"), ()),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_to_the_residual_stream(family: str, tmp_path: Path) -> None:
+    names, wanted = FAMILIES[family]
+    tensors = {f"h.{layer}.{name}": f32(1) for layer in range(2) for name in names}
+    source = open_checkpoint(write_checkpoint(tmp_path / "m", tensors, {"num_hidden_layers": 2}))
+    site = StepSite(Evidence(Recipe(model="m"), {"m": Member(source, find_stack(source))}, never), ("steps", 0, "expand"))
+    layer = LayerRef(model="m", index=1)
+    assert site.tensors(layer) == tuple(f"h.1.{name}" for name in names)
+    assert site.outputs(layer) == tuple(f"h.1.{names[at]}" for at in wanted)
+    fitted = LayerRef(model="m", index=1, fitted="linear")
+    assert site.tensors(fitted) == site.outputs(fitted) == ()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "falcon", "phi"])
+def test_expand_zeroes_exactly_the_outputs(family: str, tmp_path: Path) -> None:
+    names, wanted = FAMILIES[family]
+    tensors = {f"h.{layer}.{name}": f32(1) for layer in range(4) for name in names}
+    source = open_checkpoint(write_checkpoint(tmp_path / "m", tensors, {"num_hidden_layers": 4}))
+    plan = plan_of("model: m\nsteps: [{expand: {every: 2}}]", never, m=source)
+    made = [tensor.name for file in plan.actions.files for tensor in file.tensors if isinstance(tensor, TensorMade)]
+    assert made == [f"h.{layer}.{names[at]}" for layer in (2, 5) for at in wanted]
+    assert all(tensor.parts == () for file in plan.actions.files for tensor in file.tensors if isinstance(tensor, TensorMade))
+    assert plan.seams == ()
+
+
+# Counts
+
+
+@pytest.mark.parametrize(("share", "count"), [("17%", 1), ("34%", 2), ("50%", 3), ("66.6%", 3), ("83.4%", 5)])
+def test_percentages_are_rounded_down(share: str, count: int, model: Checkpoint) -> None:
+    assert len(pruned(model, f"layers: {share}").actions.layers) == DEPTH - count
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ("layers: 6", "r.yaml:3:19: cannot remove 6 of 6 layers; at most 5"),
+        ("layers: 5, protect: [0, -1]", "r.yaml:3:19: cannot remove 5 of 6 layers, 2 of them protected; at most 4"),
+        ("layers: 1, protect: 0-5", "r.yaml:3:19: cannot remove 1 of 6 layers, 6 of them protected; at most 0"),
+        ("layers: 4, protect: 3", "r.yaml:3:19: cannot remove 4 of 6 layers, 1 of them protected; "
+         "strategy blocks takes layers that are not consecutive"),
+        ("layers: 3, strategy: deepest, protect: 2", "r.yaml:3:19: cannot remove 3 of 6 layers, 1 of them protected; "
+         "strategy blocks takes layers that are not consecutive"),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be(prune: str, message: str, model: Checkpoint) -> None:
+    assert said(model, prune) == message
+
+
+@pytest.mark.parametrize("prune", ["layers: 6", "layers: 5, protect: [0, -1]", "layers: 10%"])
+def test_a_number_that_cannot_be_is_told_before_anything_is_measured(prune: str, model: Checkpoint) -> None:
+    assert said(model, prune, never).startswith("r.yaml:3:19: ")
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("strategy", ["block", "blocks", "rank", "deepest"])
+@pytest.mark.parametrize("protect", ["", ", protect: [0, -1]"])
+@pytest.mark.parametrize("more", ["", "dtype: bfloat16\n"])
+def test_size_and_params_remove_the_fewest_layers_that_fit(strategy: str, protect: str, more: str, model: Checkpoint) -> None:
+    """Against plans with each smaller number of layers, weighed by what they would write."""
+    meter = Meter(distances())
+    whole = pruned(model, "at: 0", never, more)
+    most = 4 if protect else 5
+    ladder = [pruned(model, f"layers: {count}, strategy: {strategy}{protect}", meter, more) for count in range(1, most + 1)]
+    for weigh, key, unit in ((lambda plan: plan.weight_bytes, "size", "B"), (parameters, "params", "")):
+        weights = [weigh(plan) for plan in ladder]
+        assert weigh(whole) > min(weights)
+        for limit in sorted({*weights, *(weight + 1 for weight in weights), *(weight - 1 for weight in weights)}):
+            fits = [at for at, weight in enumerate(weights) if weight <= limit]
+            if not fits:
+                continue
+            plan = pruned(model, f"{key}: {limit}{unit}, strategy: {strategy}{protect}", meter, more)
+            assert plan.actions.layers == ladder[fits[0]].actions.layers, (key, limit)
+            assert plan.choices[-1].chosen == ladder[fits[0]].choices[-1].chosen
+
+
+@pytest.mark.parametrize("strategy", ["block", "blocks"])
+def test_max_distance_removes_the_most_layers_within_it(strategy: str, model: Checkpoint) -> None:
+    meter = Meter(distances())
+    ladder = {count: pruned(model, f"layers: {count}, strategy: {strategy}", meter) for count in range(1, DEPTH)}
+    costs = {count: plan.choices[0].cost for count, plan in ladder.items()}
+    for limit in sorted({*costs.values(), *(cost * 1.01 for cost in costs.values())}):
+        most = max(count for count, cost in costs.items() if cost <= limit)
+        plan = pruned(model, f"max_distance: {limit}, strategy: {strategy}", meter)
+        assert len(plan.actions.layers) == DEPTH - most, limit
+        assert plan.choices[0].cost <= limit
+
+
+def test_a_model_that_fits_already_is_left_alone_and_not_measured(model: Checkpoint) -> None:
+    plan = pruned(model, "params: 1K", never)
+    assert len(plan.actions.layers) == DEPTH
+    assert plan.notes == ("steps.0.prune: the model has 120 parameters: nothing is removed",)
+    assert pruned(model, "size: 480B", never).notes == ("steps.0.prune: the model has 480 bytes: nothing is removed",)
+    assert len(pruned(model, "size: 479B").actions.layers) == DEPTH - 1
+
+
+def test_tied_embeddings_weigh_once(tmp_path: Path) -> None:
+    tied = checkpoint(tmp_path / "m", staircase(tied=True), tie_word_embeddings=True)
+    assert pruned(tied, "params: 1K", never).notes == ("steps.0.prune: the model has 88 parameters: nothing is removed",)
+    plan = pruned(tied, "params: 84")
+    assert len(plan.actions.layers) == DEPTH - 1
+    assert parameters(plan) <= 84
+
+
+@pytest.mark.parametrize(("first", "last"), [(True, True), (True, False), (False, True), (False, False)])
+def test_several_models_weigh_what_is_written(first: bool, last: bool, tmp_path: Path) -> None:
+    """Embeddings of one, head of the other: counted as the plan lays them out."""
+    models = {
+        name: checkpoint(tmp_path / name, staircase(tied=tied), tie_word_embeddings=tied) for name, tied in (("a", first), ("b", last))
+    }
+    start = "slices: [{model: a, layer_range: [0, 3]}, {model: b, layer_range: [3, 6]}]\nsteps:\n- prune: "
+    meter = Meter(distances())
+    whole = plan_of(start + "{at: 0}", never, **models)
+    assert pruned_note(start + f"{{params: {parameters(whole) + 4}}}", models) == parameters(whole) + 4
+    ladder = [plan_of(start + f"{{layers: {count}}}", meter, **models) for count in range(1, DEPTH)]
+    for limit in {parameters(plan) for plan in ladder}:
+        fits = next(plan for plan in ladder if parameters(plan) <= limit)
+        assert plan_of(start + f"{{params: {limit}}}", meter, **models).actions == fits.actions
+
+
+def pruned_note(text: str, models: Mapping[str, Checkpoint]) -> int:
+    notes = [note for note in plan_of(text, never, **models).notes if "nothing is removed" in note]
+    assert len(notes) == 1
+    return int(notes[0].split()[4])
+
+
+def test_an_unchanged_stack_weighs_its_prediction_layer(tmp_path: Path) -> None:
+    """It is left out once a layer goes: the first layer that is removed takes it along."""
+    tensors = {**staircase(), f"model.layers.{DEPTH}.eh_proj.weight": f32(50, 2)}
+    source = checkpoint(tmp_path / "m", tensors, num_nextn_predict_layers=1)
+    plan = pruned(source, "params: 150")
+    assert len(plan.actions.layers) == DEPTH - 1
+    assert parameters(plan) <= 120
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ("params: 10", "cannot come down to 10 parameters: 80 are left when 5 of 6 layers are removed"),
+        ("size: 100B", "cannot come down to 100 bytes: 320 are left when 5 of 6 layers are removed"),
+        ("params: 1, protect: [4, 5]", "cannot come down to 1 parameters: 92 are left when 4 of 6 layers are removed, 2 of them protected"),
+        ("size: 1B, protect: 0-5", "cannot come down to 1 bytes: 480 are left when 0 of 6 layers are removed, 6 of them protected"),
+        ("max_distance: 0.01", "no layer of 6 can be removed within a distance of 0.01; the least is 0.1"),
+        ("max_distance: 0.01, protect: 0-5", "no layer of 6, 6 of them protected can be removed within a distance of 0.01"),
+    ],
+)
+def test_budgets_out_of_reach(prune: str, message: str, model: Checkpoint) -> None:
+    matrix = [[0.0 if i == j else (max(i, j) if max(i, j) < 6 else 5) / 10 for j in range(7)] for i in range(7)]
+    assert said(model, prune, Meter(matrix)) == f"r.yaml:3:{18 if 'max' not in prune else 25}: {message}".replace(
+        ":18:", f":{11 + prune.index(':') + 2}:"
+    )
+
+
+# The evidence
+
+
+def test_the_deepest_block_asks_for_healing(model: Checkpoint) -> None:
+    plan = pruned(model, "layers: 2, strategy: deepest")
+    assert [layer.index for layer in plan.actions.layers] == [0, 1, 2, 5]
+    assert plan.notes == ("steps.0.prune: cutting the deepest layers needs healing (training after the cut); distance did not decide",)
+    assert plan.choices[0].candidates == ()
+
+
+def test_what_is_kept_of_a_choice(model: Checkpoint) -> None:
+    matrix = distances()
+    plan = pruned(model, "layers: 4, metric: cosine", Meter(matrix, stderr=0.5))
+    best = min(range(3), key=lambda start: (matrix[start][start + 4], start))
+    candidates = tuple(Candidate(start=start, stop=start + 4, cost=matrix[start][start + 4], stderr=0.5) for start in range(3))
+    assert plan.choices == (
+        Choice(
+            where="steps.0.prune",
+            metric="cosine[all]",
+            chosen=f"remove layers [{best}, {best + 4})",
+            cost=matrix[best][best + 4],
+            candidates=candidates,
+        ),
+    )
+    several = pruned(model, "layers: 3, strategy: rank", Meter(matrix)).choices[0]
+    assert several.candidates == ()
+    assert several.chosen.startswith("remove layers [")
+    budget = pruned(model, "params: 100", Meter(matrix)).choices[0]
+    assert len(budget.candidates) == DEPTH - (budget.candidates[0].stop - budget.candidates[0].start) + 1
+
+
+def test_a_replaced_block_is_the_one_of_least_distance(model: Checkpoint) -> None:
+    """The cost that is shown is that of the plan: a map leaves no seam."""
+    matrix = [[0.0 if i == j else 0.5 for j in range(7)] for i in range(7)]
+    matrix[2][4] = matrix[4][2] = 0.1
+    plan = plan_of("model: m\nsteps: [{replace: {layers: 2, with: linear}}]", Meter(matrix), m=model)
+    assert plan.choices[0].chosen == "replace layers [2, 4)"
+    assert plan.choices[0].cost == 0.1
+    assert [(layer.index, layer.span) for layer in plan.actions.layers] == [(0, 1), (1, 1), (2, 2), (4, 1), (5, 1)]
+
+
+def test_measuring_happens_once_for_all_metrics(model: Checkpoint) -> None:
+    meter = Meter(distances())
+    evidence = Evidence(
+        Recipe.model_validate({"model": "m", "metrics": ["cosine", "angular"]}), {"m": Member(model, find_stack(model))}, meter
+    )
+    assert evidence.measurement is None
+    assert evidence.prices(None).metric == "cosine[all]"
+    assert evidence.prices(Angular()).metric == "angular[last]"
+    assert evidence.prices(Cosine()).metric == "cosine[all]"
+    assert meter.calls == 1
+
+
+def test_a_choice_of_blocks_can_be_asked_for_directly(model: Checkpoint) -> None:
+    stack: Stack = tuple(LayerRef(model="m", index=index) for index in range(DEPTH))
+    evidence = Evidence(Recipe(model="m"), {"m": Member(model, find_stack(model))}, Meter(distances()))
+    wish = Wish("repeat", stack, lambda blocks: stack, {"layers": 6}, "block", None, frozenset())
+    assert StepSite(evidence, ("steps", 3, "duplicate")).choose(wish) == (Block(0, 6),)
+    assert evidence.choices[0].where == "steps.3.duplicate"
