@@ -14,14 +14,12 @@ from layercut.surgery import RULES, decode
 
 # Keys that say nothing about what a layer computes.
 HARMLESS = (
-    "_name_or_path", "_model_name_or_path", "transformers_version", "transformers.js_config", "torch_dtype", "dtype", "architectures", "auto_map", "use_cache",
-    "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id",
-    "pretraining_tp", "model_max_length",
-    "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "layerdrop", "id2label", "label2id",
-    "tie_word_embeddings", "output_attentions", "output_hidden_states", "return_dict", "problem_type",
-    "task_specific_params",
-    "gradient_checkpointing",
-    "vocab_size", "max_position_embeddings", "n_positions", "n_ctx", "_attn_implementation",
+    "_name_or_path", "_model_name_or_path", "transformers_version", "transformers.js_config", "torch_dtype", "dtype",
+    "architectures", "auto_map", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+    "sep_token_id", "cls_token_id", "pretraining_tp", "model_max_length", "attention_dropout", "hidden_dropout", "attn_pdrop",
+    "embd_pdrop", "resid_pdrop", "dropout", "layerdrop", "id2label", "label2id", "tie_word_embeddings", "output_attentions",
+    "output_hidden_states", "return_dict", "problem_type", "task_specific_params", "gradient_checkpointing", "vocab_size",
+    "max_position_embeddings", "n_positions", "n_ctx", "_attn_implementation",
 )  # fmt: skip
 # What an absent key means, where classes agree on it.
 ABSENT: Mapping[str, Any] = {

@@ -113,8 +113,9 @@ def _member(alias: str, source: ReportSource) -> Member:
         if checkpoint.digest != source.digest:
             raise CheckpointError("is no longer what it was: config or structure are others")
         member = Member(checkpoint, find_stack(checkpoint))
-    except LayercutError as error:
-        raise NotCheckedError(f"source {quoted(alias)} ({quoted(source.reference)}) {_without_place(error)}") from None
+    except (LayercutError, OSError) as error:
+        said = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else _without_place(error)
+        raise NotCheckedError(f"source {quoted(alias)} ({quoted(source.reference)}) {said}") from None
     if member.stack.depth != source.depth:
         raise DiffersError(f"the report gives {quoted(alias)} {source.depth} layers, it has {member.stack.depth}")
     return member
@@ -139,7 +140,7 @@ def _find(source: ReportSource) -> Checkpoint:
     if not isinstance(config, str):
         raise CheckpointError("is gone" if source.revision is None else "is not in the local Hub cache")
     folder = Path(config).parent
-    if holds_pickled(os.listdir(folder)):
+    if holds_pickled(path.name for path in folder.iterdir()):
         return open_pickled(folder, cache_folder(), reference=source.reference, revision=source.revision)
     return open_checkpoint(folder, reference=source.reference, revision=source.revision)
 

@@ -68,7 +68,7 @@ def find_ends(members: Mapping[str, Member], donor: str, first: str, last: str) 
     if tied == is_tied(members[donor]):
         return Ends(before, behind, (), notes)
     of_whom = "other embeddings" if first == last else f"the embeddings of '{first}'"
-    reason = f"the head of '{last}' is its embeddings" if tied else f"the head of '{last}' is not {of_whom}"
+    reason = f"the head of '{last}' is tied to the embeddings" if tied else f"the head of '{last}' is not {of_whom}"
     return Ends(before, behind, (_tie(members[donor], tied, reason),), notes)
 
 

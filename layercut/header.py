@@ -108,7 +108,7 @@ def encode_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata:
     if length > MAX_HEADER:
         raise CheckpointError(f"a header of {length} bytes is over the {MAX_HEADER} that safetensors allows", hint="write more shards")
     if length < len(text) or length % 8:
-        raise CheckpointError(f"a header of {len(text)} bytes cannot be padded to {length}")
+        raise CheckpointError(f"a header of {len(text) + 8} bytes cannot be padded to {length + 8}")
     text = text.ljust(length)
     return len(text).to_bytes(8, "little") + text
 

@@ -85,7 +85,9 @@ def _load(kind: Any, folder: Path, device: torch.device, dtype: str | None, **co
     except LayercutError:
         raise
     except Exception as error:  # transformers and its backends have no common base class
-        raise own_code(error, folder) or CheckpointError(f"transformers cannot load this model: {first_line(error)}", where=folder) from None
+        raise own_code(error, folder) or CheckpointError(
+            f"transformers cannot load this model: {first_line(error)}", where=folder
+        ) from None
     missing = sorted(found["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -112,7 +114,9 @@ def load_tokenizer(folder: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the same: no common base class
         hint = "copy tokenizer.json and tokenizer_config.json of the original model into the folder"
-        raise own_code(error, folder) or CheckpointError(f"no tokenizer can be loaded: {first_line(error)}", where=folder, hint=hint) from None
+        raise own_code(error, folder) or CheckpointError(
+            f"no tokenizer can be loaded: {first_line(error)}", where=folder, hint=hint
+        ) from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise CheckpointError("the tokenizer has an empty vocabulary", where=folder)
     return tokenizer

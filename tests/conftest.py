@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no fault of the code.
+settings.register_profile("steady", deadline=None)
+settings.load_profile("steady")
 
 Spec = dict[str, tuple[str, tuple[int, ...], bytes]]
 KINDS = ("llama", "qwen3", "gpt2", "gemma3_text")

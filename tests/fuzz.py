@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import sys
@@ -56,7 +55,12 @@ class Lab:
         self.folder = folder
         self.single, self.sharded, self.out, self.cut = (folder / name for name in ("single", "sharded", "out", "cut"))
         self.recipe, self.plan, self.fixed = folder / "recipe.yaml", folder / "plan.json", folder / "fixed.yaml"
-        config = {"model_type": "llama", "num_hidden_layers": 3, "layer_types": ["full_attention"] * 3, "rope_parameters": {"rope_theta": 1.5}}
+        config = {
+            "model_type": "llama",
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention"] * 3,
+            "rope_parameters": {"rope_theta": 1.5},
+        }
         for source, shards in ((self.single, 1), (self.sharded, 2)):
             write_checkpoint(source, byte_tensors(3, source.name), config, shards)
         self.recipe.write_text(RECIPE.format(folder=folder), encoding="utf-8")
@@ -82,7 +86,7 @@ class Lab:
         return status
 
     @contextlib.contextmanager
-    def holding(self, path: Path, data: bytes):  # noqa: ANN201
+    def holding(self, path: Path, data: bytes):
         """The file with other bytes."""
         path.write_bytes(data)
         try:
@@ -132,11 +136,11 @@ class Lab:
         return dict(zip(self.files(), tests, strict=True))
 
 
+WORDS = """" \\ { } [ ] , : - 0 1 -1 -0 1.5 1e999 NaN Infinity null true &a *a !! ../ / auto end F32 U8 __metadata__
+\\u0000 \\ud800 \\n é \u202e \U0001f600"""
 TOKENS = [
-    *map(bytes, (b"", b"\0", b"\xff", b"\n", b"\r", b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"-", b"&a ", b"*a", b"!!", b"<<: ", b"# ")),
-    *map(str.encode, ("0", "1", "-1", "-0", "1e999", "1.5", "NaN", "Infinity", str(2**31), str(2**63), str(2**64), "9" * 5000, "null", "true")),
-    *map(str.encode, ("\\u0000", "\\ud800", "\\n", "\x1b[2J", "é", "\u202e", "\U0001f600", "../", "/", "auto", "end", "F32", "U8", "__metadata__")),
-    b"[" * 5000, b'{"a":' * 200,
+    *map(str.encode, WORDS.split()), b"", b"\0", b"\xff", b"\n", b"\r", b"\x1b[2J", b"&a ", b"<<: ", b"# ",
+    *(str(number).encode() for number in (2**31, 2**63, 2**64)), b"9" * 5000, b"[" * 5000, b'{"a":' * 200,
 ]  # fmt: skip
 
 
@@ -156,7 +160,13 @@ def by_hypothesis(lab: Lab, seconds: float) -> None:
     rounds = 0
     while time.monotonic() < stop:
         for path, target in lab.targets.items():
-            quiet = settings(max_examples=200, deadline=None, database=None, phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
+            quiet = settings(
+                max_examples=200,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate, Phase.shrink],
+                suppress_health_check=list(HealthCheck),
+            )
 
             def one(data: bytes, target: Callable[[bytes], None]) -> None:
                 if time.monotonic() < stop:
@@ -180,7 +190,14 @@ def by_coverage(lab: Lab, seconds: float) -> None:
         if data:
             targets[data[0] % len(targets)][1](data[1:])
 
-    options = [f"-max_total_time={seconds:.0f}", "-max_len=20000", "-len_control=0", f"-dict={words}", "-artifact_prefix=fuzz-", "-timeout=20"]
+    options = [
+        f"-max_total_time={seconds:.0f}",
+        "-max_len=20000",
+        "-len_control=0",
+        f"-dict={words}",
+        "-artifact_prefix=fuzz-",
+        "-timeout=20",
+    ]
     child = os.fork()  # the fuzzer ends its process, and leaves nothing for this one to clean up in
     if child == 0:
         atheris.Setup([sys.argv[0], *options, str(corpus)], one)

@@ -126,6 +126,7 @@ def test_what_would_compute_something_else(mine: dict[str, Any], theirs: dict[st
         ({}, {"rope_theta": GONE}),
         ({}, {"rope_theta": GONE, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
         ({}, {"rope_scaling": None}),
+        ({}, {"partial_rotary_factor": 1.0}),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, {"rope_scaling": yarn(type="yarn")}),
         ({"rope_scaling": yarn()}, {"rope_theta": GONE, "rope_parameters": yarn(rope_theta=10000.0)}),
         ({"partial_rotary_factor": 0.5}, {"rotary_pct": 0.5}),

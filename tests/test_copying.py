@@ -90,6 +90,60 @@ def test_a_step_is_bounded(pair, monkeypatch):
     assert steps == [4096, 4096, 1808]
 
 
+BLOCK = os.statvfs(tempfile.gettempdir()).f_bsize
+
+
+@pytest.mark.parametrize(
+    ("begin", "at", "length", "expected"),
+    [
+        (0, 0, 3 * BLOCK, [3 * BLOCK]),
+        (0, BLOCK, 2 * BLOCK + 1, [2 * BLOCK, 1]),
+        (100, BLOCK + 100, 3 * BLOCK, [BLOCK - 100, 2 * BLOCK, 100]),
+        (2 * BLOCK - 1, BLOCK - 1, BLOCK + 1, [1, BLOCK]),
+        (100, 100, BLOCK - 100, [BLOCK - 100]),
+        (100, 100, 5, [5]),
+        (BLOCK, 0, 5, [5]),
+        (BLOCK - 2, BLOCK - 2, 5, [2, 3]),
+        (7, 7, 0, []),
+        (100, 101, 3 * BLOCK, [3 * BLOCK]),
+        (0, 8, 3 * BLOCK, [3 * BLOCK]),
+    ],
+)
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_whole_blocks_are_asked_for_on_their_own_where_they_can_be_shared(pair, monkeypatch, way, begin, at, length, expected):
+    only(monkeypatch, way)
+    source, target = pair
+    steps = []
+    copy_range(source, target, begin, at, length, steps.append)
+    assert steps == expected
+    assert content(target)[at : at + length] == CONTENT[begin : begin + length]
+    assert content(target)[at + length :] == b"." * (len(CONTENT) - at - length)
+
+
+def test_blocks_are_those_of_the_target(pair, monkeypatch):
+    real = os.fstatvfs
+    source, target = pair
+    asked, steps = [], []
+
+    class Found:
+        f_bsize = 1000
+
+    monkeypatch.setattr(os, "fstatvfs", lambda descriptor: asked.append(descriptor) or Found)
+    copy_range(source, target, 300, 5300, 2500, steps.append)
+    assert (asked, steps) == ([target], [700, 1000, 800])
+    assert real(target).f_bsize != 1000
+
+
+def test_a_filesystem_without_blocks(pair, monkeypatch):
+    class Found:
+        f_bsize = 0
+
+    monkeypatch.setattr(os, "fstatvfs", lambda descriptor: Found)
+    source, target = pair
+    copy_range(source, target, 0, 0, 5000)
+    assert content(target)[:5001] == CONTENT[:5000] + b"."
+
+
 def test_memory_is_bounded_by_the_buffer(pair, monkeypatch):
     only(monkeypatch, "pread")
     real, asked = os.pread, []

@@ -48,6 +48,7 @@ UNTIE = "the head of 'b' is not the embeddings of 'a'"
         ((False, TIED), (False, TIED), None, [], (NOTE,)),
         ((False, TIED), (True, FREE), ("b", HEAD), [("tie_word_embeddings", True, False, UNTIE)], ()),
         ((True, FREE), (False, TIED), ("b", EMBED), [], ()),
+        ((False, FREE), (False, TIED), None, [("tie_word_embeddings", False, True, "the head of 'b' is tied to the embeddings")], (NOTE,)),
         # the key is absent: the file shows it
         ((True, {}), (True, {}), ("b", HEAD), [], ()),
         ((False, {}), (False, {}), None, [], (NOTE,)),
@@ -85,7 +86,7 @@ def test_one_model_is_left_as_it_is(head: bool, config: dict[str, bool], tmp_pat
     ("model", "donor", "after", "reason"),
     [
         ((True, FREE), (False, TIED), False, "the head of 'a' is not other embeddings"),
-        ((False, TIED), (True, FREE), True, "the head of 'a' is its embeddings"),
+        ((False, TIED), (True, FREE), True, "the head of 'a' is tied to the embeddings"),
         ((True, FREE), (True, FREE), None, ""),
         ((False, TIED), (False, TIED), None, ""),
         ((True, {}), (False, {}), False, "the head of 'a' is not other embeddings"),

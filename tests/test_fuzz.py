@@ -23,7 +23,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 @pytest.mark.parametrize("number", range(6), ids=list(EXAMPLES))
 def test_changed_bytes(number: int, lab: Lab) -> None:
     path, target = list(lab.targets.items())[number]
-    few = settings(max_examples=EXAMPLES[target.__name__], deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+    few = settings(
+        max_examples=EXAMPLES[target.__name__], deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    )
     few(given(changed(lab.seeds[path]))(target))()
 
 
@@ -38,7 +40,11 @@ def test_unchanged_bytes_pass(lab: Lab) -> None:
     """The seeds are good, so that the changes start from something: every command works with them."""
     for path, target in lab.targets.items():
         target(lab.seeds[path])
-    for arguments in (["plan", str(lab.recipe)], ["verify", str(lab.cut), "--no-load"], ["run", str(lab.plan), "--overwrite", "--out", str(lab.out)]):
+    for arguments in (
+        ["plan", str(lab.recipe)],
+        ["verify", str(lab.cut), "--no-load"],
+        ["run", str(lab.plan), "--overwrite", "--out", str(lab.out)],
+    ):
         assert lab.run(*arguments) == 0
 
 

@@ -349,3 +349,27 @@ def test_null_metadata_is_none(tmp_path: Path) -> None:
     path = write(tmp_path, {"__metadata__": None, "a": U8}, b"ab")
     assert library_accepts(path.read_bytes())
     assert read_header(path).metadata == {}
+
+
+@pytest.mark.parametrize("size", [72, 80, 4096, 4104, 65536])
+def test_a_header_of_a_given_size(tmp_path, size):
+    plain = encode_header([("a", "U8", (3,))], {})
+    assert len(plain) <= 72
+    data = encode_header([("a", "U8", (3,))], {}, size)
+    assert len(data) == size
+    assert int.from_bytes(data[:8], "little") == size - 8
+    assert data[8:].rstrip(b" ") == plain[8:].rstrip(b" ")
+    (tmp_path / "x").write_bytes(data + b"abc")
+    header = read_header(tmp_path / "x")
+    assert (header.data_start, header.tensors[0].begin) == (size, size)
+
+
+def test_a_header_takes_just_its_size():
+    plain = encode_header([("a", "U8", (3,))], {"format": "pt"})
+    assert encode_header([("a", "U8", (3,))], {"format": "pt"}, len(plain)) == plain
+    for size in (len(plain) - 8, len(plain) + 4, 0, -8):
+        with pytest.raises(CheckpointError) as caught:
+            encode_header([("a", "U8", (3,))], {"format": "pt"}, size)
+        assert str(caught.value) == f"a header of {len(plain)} bytes cannot be padded to {size}"
+    with pytest.raises(CheckpointError, match=r"^a header of 100000008 bytes is over the 100000000 that safetensors allows"):
+        encode_header([("a", "U8", (3,))], {}, 100_000_016)

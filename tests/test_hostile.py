@@ -404,7 +404,10 @@ RECIPES: Mapping[str, tuple[bytes, str]] = {
     "model with a newline": (b'model: "a\\nb"\n', r"a\nb"),
     "model of 100 kB": (b"model: " + b"m" * 100_000 + b"\n", "File name too long"),
     "model of another home": (b"model: ~nobody-of-this-name/x\n", "no such folder"),
-    "a million layers": (b"model: {source}\nsteps: [duplicate: {at: 0-5, times: 1000}, duplicate: {at: 0-5999, times: 1000}]\n", "layers are too many"),
+    "a million layers": (
+        b"model: {source}\nsteps: [duplicate: {at: 0-5, times: 1000}, duplicate: {at: 0-5999, times: 1000}]\n",
+        "layers are too many",
+    ),
     "10**50 layers": (b"model: {source}\nsteps: [prune: {layers: 1%s}]\n" % (b"0" * 50), "layers"),
     "times 10**9": (b"model: {source}\nsteps: [duplicate: {at: 1, times: 1000000000}]\n", "expected at most 1000"),
     "infinite factor": (b"model: {source}\nparameters: {scale: .inf}\n", "expected a factor"),
@@ -561,7 +564,10 @@ REPORTS: Mapping[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "layer that is not there": (change("layers.0.index", 10**12), "layer 1000000000000 of"),
     "negative layer": (change("layers.0.index", -1), "layer -1 of"),
     "layer of nobody": (change("layers.0.model", "x\n"), r"layer 0 of 'x\n' is no layer of a source of it"),
-    "share of nobody": (change("layers.0.shares", [{"model": "x", "index": 0, "weight": 1}]), "layer 0 of 'x' is no layer of a source of it"),
+    "share of nobody": (
+        change("layers.0.shares", [{"model": "x", "index": 0, "weight": 1}]),
+        "layer 0 of 'x' is no layer of a source of it",
+    ),
     "NaN as a weight": (change("layers.0.shares", [{"model": "x", "index": 0, "weight": float("nan")}]), "finite number"),
     "infinity as a factor": (change("layers.0.scalings", [[{"tensors": "*", "by": float("inf")}]]), "finite number"),
     "a layer more": (lambda data: data["layers"].append(data["layers"][0]), "the report lists 6 layers"),
@@ -604,7 +610,9 @@ def test_reports_that_are_no_files(
     refused(cut, capsys, message, "verify", str(cut.out), "--no-load")
 
 
-@pytest.mark.parametrize("reference", ["/dev/zero", "../elsewhere", "~nobody-of-this-name", "a\0b", "", "no-such-model", "https://x/y", "a\x1b[2J"])
+@pytest.mark.parametrize(
+    "reference", ["/dev/zero", "../elsewhere", "~nobody-of-this-name", "a\0b", "", "no-such-model", "https://x/y", "a\x1b[2J"]
+)
 def test_a_report_names_any_source(reference: str, cut: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is asked of the network, nothing is written, and what cannot be compared is said not to have been."""
     path = cut.out / "layercut.json"
@@ -701,7 +709,9 @@ for line in sys.stdin:
 def test_bombs(tmp_path: Path) -> None:
     """One process takes them all: its peak may not pass the limit at any of them."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen([sys.executable, "-c", CHILD], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdin is not None and child.stdout is not None
         for name, arguments, said in bombs(tmp_path):
             with within(60):

@@ -192,7 +192,7 @@ NEVER = 10**9  # counts changes, puts nothing on the disk for good (which takes 
 
 @pytest.mark.parametrize("crashes", [("kill",), ("truncate", "zeros")])
 def test_a_crash_before_any_change(zygote, work, tmp_path, crashes):
-    """A kill, or a power cut after which what was not put on the disk is lost from some byte on, or reads as zeros: first of the run, then of the next."""
+    """A kill, or a power cut that loses what was not put on the disk, or leaves zeros there: first in the run, then in the next."""
     clean, chance = stable(tmp_path / "clean"), random.Random(len(crashes))
     run, out, at, resumed = tmp_path / "plan.json", work / "out", 0, 0
     while True:

@@ -10,6 +10,7 @@ from conftest import byte_tensors, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layercut import shards
 from layercut.architecture import Member, find_stack
 from layercut.checkpoint import open_checkpoint
 from layercut.ends import find_ends
@@ -468,3 +469,21 @@ def test_a_fitted_layer_has_no_tensors_yet(bf16: Member) -> None:
     layout = lay_out({"m": bf16}, (LayerRef(model="m", index=0, span=2, fitted="linear"),))
     assert not [name for name in names(layout) if ".layers." in name]
     assert [left.what for left in layout.left_out] == ["layers 0 to 1 (6 tensors, model.layers.*)"]
+
+
+def test_blocks_that_can_be_shared_move_the_bounds_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "LARGE", 4 * 512)
+    shapes: Shapes = {"h.0.w": ("BF16", (5004,)), "h.1.w": ("BF16", (5004,)), "norm.weight": ("BF16", (8,))}
+    source = member(tmp_path / "m", zeros(shapes), 2)
+    ends = find_ends({"m": source}, "m", "m", "m")
+    plain = Layouter({"m": source}, refs(0, 0, 1)).lay_out(ends, LARGE)
+    laid = Layouter({"m": source}, refs(0, 0, 1), blocks={"m": 512}).lay_out(ends, LARGE)
+    assert [tensor for file in laid.files for tensor in file.tensors] == list(plain.files[0].tensors)
+    assert [len(file.tensors) for file in laid.files] == [1, 3]
+    assert (plain.files[0].header_size, plain.index_text) == (None, None)
+    for file in laid.files:
+        assert isinstance(file.tensors[0], TensorCopy) and file.header_size is not None
+        assert (file.header_size - file.tensors[0].begin) % 512 == 0
+    assert laid.index_text is not None
+    assert json.loads(laid.index_text)["weight_map"]["h.1.w"] == "model-00002-of-00002.safetensors"
+    assert laid.left_out == plain.left_out

@@ -58,7 +58,8 @@ def in_step(file: OutputFile, block: int = BLOCK) -> str:
 
 
 @pytest.mark.parametrize(
-    ("limit", "expected"), [(NONE, ["abcd"]), (30, ["abc", "d"]), (29, ["ab", "cd"]), (20, ["ab", "cd"]), (10, ["a", "b", "c", "d"]), (1, [*"abcd"])]
+    ("limit", "expected"),
+    [(NONE, ["abcd"]), (30, ["abc", "d"]), (29, ["ab", "cd"]), (20, ["ab", "cd"]), (10, ["a", "b", "c", "d"]), (1, [*"abcd"])],
 )
 def test_files_are_filled_up_to_the_limit(limit: int, expected: list[str]) -> None:
     files = spread([copy(name, 8, 10) for name in "abcd"], limit, {})

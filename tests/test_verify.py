@@ -158,7 +158,8 @@ def test_a_weight_file_that_the_index_no_longer_names(output):
     assert failed(output) == {
         "files": "'model-00001-of-00002.safetensors' of the report is not there",
         "no other files": "'model.safetensors' is not of this output",
-        "contents": "'model.embed_tokens.weight' is not 'model.embed_tokens.weight' of 'source': they differ from byte 0 on (11 tensors differ)",
+        "contents": "'model.embed_tokens.weight' is not 'model.embed_tokens.weight' of 'source': they differ from byte 0 on"
+        " (11 tensors differ)",
     }
 
 
@@ -296,7 +297,7 @@ def test_layers_that_are_swapped_in_the_report_are_found(output):
     rewrite(output, lambda data: data["layers"].reverse())
     found = failed(output)
     assert list(found) == ["contents"]
-    assert found["contents"].endswith("they differ from byte 7 on (6 tensors differ)")
+    assert found["contents"].endswith("they differ from byte 7 on (8 tensors differ)")
 
 
 def test_contents_are_left_out_on_request(output):
@@ -535,6 +536,7 @@ def test_layer_types_of_another_depth(tiny, tmp_path):
     assert list(failed(tmp_path / "out", load=True)) == ["load"]
 
 
+OWN_CODE = "transformers could read this only with Python code that comes with it, and layercut runs no code of a checkpoint"
 HINT = "what loads no model works: recipes without 'auto', verify --no-load"
 
 
@@ -545,13 +547,24 @@ def test_code_of_the_checkpoint_is_not_run(cut, tmp_path, capsys):
     (cut / "config.json").write_text(json.dumps(config))
     (cut / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     (cut / "layercut.json").unlink()
-    message = f"{cut}: transformers could read this only with Python code that comes with it, and layercut runs no code of a checkpoint"
-    assert failed(cut, load=True) == {"load": f"{message}; what loads no model works: recipes without 'auto', verify --no-load"}
+    message = f"{cut}: {OWN_CODE}"
+    assert failed(cut, load=True) == {"load": f"{message}; {HINT}"}
     for arguments in (["eval", str(cut), "-q"], ["run", str(tmp_path / "r.yaml"), "-q"], ["verify", str(cut), "--no-load"]):
         (tmp_path / "r.yaml").write_text(f"model: {cut}\nsteps: [prune: {{layers: 1}}]\noutput: {tmp_path}/o\n")
         status, shown = main(arguments), capsys.readouterr()
         assert (status, shown.err) == ((0, "") if "verify" in arguments else (1, f"error: {message}; {HINT}\n"))
         assert "trust" not in shown.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_tokenizer_is_not_run(cut, tmp_path, capsys):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (cut / name).unlink(missing_ok=True)
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (cut / "tokenizer_config.json").write_text(json.dumps(settings))
+    (cut / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    assert main(["eval", str(cut), "-q"]) == 1
+    assert capsys.readouterr().err == f"error: {cut}: {OWN_CODE}; {HINT}\n"
     assert not (tmp_path / "ran").exists()
 
 
