@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from layercut.errors import CheckpointError, OutputError
 
-# Bytes asked of the kernel at once: large enough to cost nothing, small enough for progress and Ctrl-C to get a turn.
-STEP = 64 << 20
+# Bytes asked of the kernel at once: large enough to cost nothing, small enough for progress and Ctrl-C to get a turn, and for the
+# disk to begin early.
+STEP = 16 << 20
 # Bytes held in memory when the kernel cannot copy by itself.
 BUFFER = 1 << 20
 
@@ -87,11 +88,19 @@ def copy_range(
             if count == 0:
                 # The end of the source, or a file system whose kernel copy gives nothing: only pread tells them apart.
                 break
+            _begin_writing(target, target_offset + done, count)
             done += count
             if advance is not None:
                 advance(count)
     if done < length:
         raise CheckpointError(f"ended early: {length - done} bytes are missing from byte {source_offset + done} on")
+
+
+def _begin_writing(target: int, offset: int, count: int) -> None:
+    """Have these bytes go to the disk while the next ones are copied, not all of them in the fsync at the end. A hint, no more."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(target, offset, count, os.POSIX_FADV_DONTNEED)  # it writes what is dirty, and drops what was not
 
 
 def _step(offset: int, rest: int, block: int) -> int:

@@ -115,7 +115,10 @@ def test_keys_are_text() -> None:
         ("a: [1, 2\nb: 3\n", "r.yaml:2:2: not valid YAML: did not find expected ',' or ']'"),
         ("a: b: c", "r.yaml:1:5: not valid YAML: mapping values are not allowed in this context"),
         ("a:\n\tb: 1", "r.yaml:2:1: not valid YAML: found character that cannot start any token; indent with spaces, not tabs"),
-        ("a: 1\n---\nb: 2\n", "r.yaml:2:1: not valid YAML: but found another document"),
+        (
+            "a: 1\n---\nb: 2\n",
+            "r.yaml:2:1: several recipes in one file; split them at '---'; a later one names the output folder of an earlier one as its model",
+        ),
         ("a: 'x", "r.yaml:1:6: not valid YAML: found unexpected end of stream"),
         ("a: *b", "r.yaml:1:4: not valid YAML: found undefined alias"),
         ("a: \x00", "r.yaml: not valid YAML: unacceptable character #x0000: control characters are not allowed"),
@@ -319,7 +322,8 @@ def test_overrides_that_cannot_be(assignment: str, message: str) -> None:
     text = read(PLACES)
     with pytest.raises(RecipeError) as caught:
         text.override(assignment)
-    assert str(caught.value) == f"--set {assignment}: {message}"
+    shown = assignment.replace("\n", "\\n")  # one line, whatever was typed
+    assert str(caught.value) == f"--set {shown}: {message}"
 
 
 trees = st.recursive(
@@ -339,13 +343,13 @@ def test_what_yaml_writes_is_read_back(data: dict[str, Any], flow: bool) -> None
 
 
 def test_ten_thousand_lines_with_anchors_and_merge_keys() -> None:
-    lines = ["model: m", "steps:", "  - prune: &base {at: [0, '1-2'], metric: {name: angular}}"]
+    lines = ["model: m", "steps:", "  - prune: &base {layers: 2, protect: [0, '1-2'], metric: {name: angular}}"]
     for number in range(3332):
-        lines += ["  - prune:", "      <<: *base", f"      at: {number % 50}"]
+        lines += ["  - prune:", "      <<: *base", f"      protect: {number % 50}"]
     started = time.perf_counter()
     recipe = parse_recipe(read("\n".join(lines)))
     assert time.perf_counter() - started < 3
     assert len(lines) == 9999
     assert len(recipe.steps) == 3333
-    assert recipe.where("steps", 3332, "prune", "at") == "r.yaml:9999:11"
-    assert recipe.where("steps", 3332, "prune", "metric", "name") == "r.yaml:3:50"
+    assert recipe.where("steps", 3332, "prune", "protect") == "r.yaml:9999:16"
+    assert recipe.where("steps", 3332, "prune", "metric", "name") == "r.yaml:3:66"
