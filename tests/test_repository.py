@@ -55,7 +55,19 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 # Modules that import torch when they are imported; the others reach for them inside functions.
 MEASURING = ("engine", "loading", "perplexity")
 # Tests of the whole, which have no module of their own.
-OF_THE_WHOLE = ("bad_files", "bad_input", "benchmarks", "docs", "end_to_end", "frankenmerge", "fuzz", "hostile", "kill", "mtp", "repository")
+OF_THE_WHOLE = (
+    "bad_files",
+    "bad_input",
+    "benchmarks",
+    "docs",
+    "end_to_end",
+    "frankenmerge",
+    "fuzz",
+    "hostile",
+    "kill",
+    "mtp",
+    "repository",
+)
 
 PUBLIC = [
     "CalibrationError", "CheckpointError", "LayercutError", "OutputError", "Plan", "Recipe", "RecipeError", "RefusedError", "Report",
