@@ -3,6 +3,7 @@
     python benchmarks/executor.py [--sizes 0.5,4.5] [--rounds 5] [--mergekit PATH] [--build DIR] [--report FILE]
 
 Wall and processor time are of the whole process, start included. Sources and outputs lie in the folder of --build and are removed.
+As root it also measures what a cut takes on filesystems that share blocks, each mounted from a sparse file for the time.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the files beside this one, and layercut as it stands in this checkout
 
 from synthetic import Model, llama, write  # noqa: E402
+from volumes import NoVolumeError, used, volume  # noqa: E402
 
 LAYERS = 32
 CUT = (20, 26)
@@ -44,6 +45,14 @@ dtype: bfloat16
 """
 """A mergekit file: both read it."""
 
+SHARED = llama(LAYERS, hidden=1536, inner=4096, vocab=32000, key_value=1536, shards=4)
+"""2 GB; rows of 1536 numbers make layers that are no whole number of blocks."""
+
+STEPS = {
+    "cut 32 -> 26 layers": f"steps: [{{prune: {{at: '{CUT[0]}-{CUT[1] - 1}'}}}}]",
+    "double layers 8 to 23": "steps: [{duplicate: {at: '8-23'}}]",
+}
+
 SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -55,7 +64,7 @@ class Run(NamedTuple):
     cpu: float
     """Seconds of user and system time."""
     rss: float
-    """Largest resident memory, in MB."""
+    """Largest resident memory, in MB; of a small program it is that of the Python that starts it."""
 
 
 class Row(NamedTuple):
@@ -126,9 +135,42 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         run, base = row.median, ours[row.size]
         what = f"{row.size} GB, {row.written / 1e9:.2f} GB written"
-        times = f"{run.wall:.2f} | {run.cpu:.2f} | {run.rss:.0f} | {base.wall / run.wall:.2f} | {base.cpu / run.cpu:.2f}"
+        memory = "" if row.tool.startswith("cp") else f"{run.rss:.0f}"
+        times = f"{run.wall:.2f} | {run.cpu:.2f} | {memory} | {base.wall / run.wall:.2f} | {base.cpu / run.cpu:.2f}"
         lines.append(f"| {what} | {row.tool} | {times} |")
     return "\n".join(lines)
+
+
+def share(folder: Path) -> Iterator[str]:
+    """A table of what a cut takes where blocks are shared; a sentence where there is no such place."""
+    yield "| filesystem | recipe | written GB | room taken MB | shared | wall s | wall of cp without sharing s |"
+    yield "|---|---|---:|---:|---:|---:|---:|"
+    for kind in ("xfs", "btrfs"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            with volume(kind, folder, 8 << 30) as point:
+                source = write(point / "source", SHARED)
+                for name, steps in STEPS.items():
+                    (folder / "recipe.yaml").write_text(f"model: {source}\n{steps}\n", encoding="utf-8")
+                    yield f"| {kind} | {name} | {shared_row(folder, point)} |"
+        except NoVolumeError as error:
+            yield f"| {kind} | not measured: {error} | | | | | |"
+        finally:
+            shutil.rmtree(folder)
+
+
+def shared_row(folder: Path, point: Path) -> str:
+    """One cut on a mounted filesystem, and a copy of its bytes."""
+    out, plain = point / "out", point / "plain"
+    before = used(point)
+    run = measured((sys.executable, "-m", "layercut", "run", str(folder / "recipe.yaml"), "--out", str(out), "--quiet"), folder / "log")
+    taken = used(point) - before
+    copy = measured(("sh", "-c", 'cp -r --reflink=never "$1" "$2" && sync "$2"/*', "sh", str(out), str(plain)), folder / "log")
+    written = sum(path.stat().st_size for path in out.iterdir())
+    for made in (out, plain):
+        shutil.rmtree(made)
+    return f"{written / 1e9:.2f} | {taken / 1e6:.1f} | {1 - taken / written:.1%} | {run.wall:.2f} | {copy.wall:.2f}"
 
 
 def machine(folder: Path) -> str:
@@ -139,7 +181,7 @@ def machine(folder: Path) -> str:
     return f"{os.cpu_count()} CPUs, {memory:.0f} GB of memory, {kind or 'unknown filesystem'}, Linux {platform.release()}, Python {python}"
 
 
-def document(rows: Sequence[Row], where: str, rounds: int) -> str:
+def document(rows: Sequence[Row], shared: str, where: str, rounds: int) -> str:
     kept = f"{LAYERS} -> {LAYERS - (CUT[1] - CUT[0])} layers"
     return f"""\
 # The executor against cp and mergekit
@@ -151,6 +193,13 @@ its own output on the disk before it gives it its name, as `cp, then sync` has, 
 {date.today().isoformat()}; {where}. The last two columns are what to compare: below 1, layercut takes less.
 
 {table(rows)}
+
+## Where blocks are shared
+
+The same on filesystems whose files can share blocks, with a checkpoint of {SHARED.nbytes / 1e9:.2f} GB: room is the difference of the free
+space before and after, everything written.
+
+{shared}
 """
 
 
@@ -164,7 +213,7 @@ def find_mergekit(given: str | None, build: Path) -> Path:
     return make_environment(build).parent / "mergekit-yaml"
 
 
-def main(arguments: Mapping[str, str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", default="0.5,4.5", help=f"of {', '.join(MODELS)}: GB of the source; needs three times that on the disk")
     parser.add_argument("--rounds", type=int, default=5)
@@ -176,9 +225,10 @@ def main(arguments: Mapping[str, str] | None = None) -> int:
     mergekit = find_mergekit(given.mergekit, build / "parity")
     build.mkdir(parents=True, exist_ok=True)
     rows = [row for size in given.sizes.split(",") for row in compare(size, MODELS[size], build / "executor", mergekit, given.rounds)]
-    print(table(rows))
+    shared = "\n".join(share(build / "volumes"))
+    print(f"{table(rows)}\n\n{shared}")
     if given.report is not None:
-        Path(given.report).write_text(document(rows, machine(build), given.rounds), encoding="utf-8")
+        Path(given.report).write_text(document(rows, shared, machine(build), given.rounds), encoding="utf-8")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from layercut.checkpoint import Checkpoint
@@ -25,7 +25,6 @@ OTHER_STACKS = re.compile(
 CONFIG_NODE = re.compile(r"[^.]*_config|decoder|encoder")
 # A layer index in a tensor name.
 NUMBER = "[0-9]{1,6}"
-
 Node = tuple[str, ...]
 
 
@@ -62,10 +61,6 @@ class LayerStack:
     aliases: tuple[DepthKey, ...] = ()
     """Other keys of the same config node that state the same depth; a stale one would win in some classes."""
     extra: int = 0
-    _pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_pattern", re.compile(re.escape(self.prefix) + rf"({NUMBER})\.(.+)", re.DOTALL))
 
     @property
     def node(self) -> Node:
@@ -74,8 +69,10 @@ class LayerStack:
 
     def place(self, name: str) -> Place | None:
         """Where a tensor belongs in the stack, or None for a tensor outside it."""
-        match = self._pattern.fullmatch(name)
-        return None if match is None else Place(self.prefix, int(match[1]), match[2])
+        number, _, rest = name[len(self.prefix) :].partition(".")
+        if not (rest and name.startswith(self.prefix) and _is_index(number)):
+            return None
+        return Place(self.prefix, int(number), rest)
 
     def rename(self, place: Place, index: int) -> str:
         """Name of the tensor at `place` once its layer has index `index`."""
@@ -116,10 +113,15 @@ def numbered_prefixes(names: Iterable[str]) -> dict[str, int]:
     for name in names:
         parts = name.split(".")
         for position in range(len(parts) - 1):
-            if re.fullmatch(NUMBER, parts[position]):
+            if _is_index(parts[position]):
                 indices["".join(f"{part}." for part in parts[:position])].add(int(parts[position]))
     whole = {prefix: len(found) for prefix, found in indices.items() if max(found) == len(found) - 1}
     return {prefix: count for prefix, count in whole.items() if not any(_inside(prefix, other) for other in whole)}
+
+
+def _is_index(part: str) -> bool:
+    """Whether a part of a tensor name is the index of a layer: NUMBER, without the cost of a pattern for every part of every name."""
+    return part.isdigit() and part.isascii() and len(part) <= 6
 
 
 def _inside(prefix: str, other: str) -> bool:

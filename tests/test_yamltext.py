@@ -117,7 +117,8 @@ def test_keys_are_text() -> None:
         ("a:\n\tb: 1", "r.yaml:2:1: not valid YAML: found character that cannot start any token; indent with spaces, not tabs"),
         (
             "a: 1\n---\nb: 2\n",
-            "r.yaml:2:1: several recipes in one file; split them at '---'; a later one names the output folder of an earlier one as its model",
+            "r.yaml:2:1: several recipes in one file; split them at '---'; "
+            "a later one names the output folder of an earlier one as its model",
         ),
         ("a: 'x", "r.yaml:1:6: not valid YAML: found unexpected end of stream"),
         ("a: *b", "r.yaml:1:4: not valid YAML: found undefined alias"),
