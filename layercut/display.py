@@ -106,6 +106,7 @@ def plan_text(plan: Plan) -> str:
     rows.append(("parameters", change(donor.parameters, written, amount)))
     rows.append(("weights", f"{size(plan.weight_bytes)} in {len(plan.actions.files)} file{'s' * (len(plan.actions.files) > 1)}"))
     rows.append(("carried over", f"{len(plan.actions.companions)} files, {size(sum(file.size for file in plan.actions.companions))}"))
+    rows.append(("disk needed", size(plan.disk_bytes)))
     rows.append(("output", plan.output or "not set: give --out"))
     lines += columns(rows)
     if plan.left_out:

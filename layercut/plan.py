@@ -292,6 +292,11 @@ class Plan(Record):
         """Bytes of all tensors of the output."""
         return sum(t.nbytes for file in self.actions.files for t in file.tensors)
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the output takes, headers and the report aside; where blocks are shared with the sources, fewer are new."""
+        return self.weight_bytes + sum(companion.size for companion in self.actions.companions)
+
     def to_json(self) -> str:
         """The plan as JSON text that `Plan.from_json` and `layercut run` read back."""
         return self.model_dump_json(indent=1) + "\n"

@@ -124,6 +124,7 @@ def test_a_plan_and_its_report(byte_checkpoint: Callable[..., Path], tmp_path: P
         "  parameters                     960 -> 576 (-40.0 %)",
         "  weights                        576 B in 1 file",
         "  carried over                   1 files, 2 B",
+        "  disk needed                    578 B",
         "  output                         somewhere",
         "",
         "left out",

@@ -14,10 +14,14 @@ from typing import Any, NamedTuple
 import jsonschema
 import pytest
 import yaml
+from conftest import byte_tensors, write_checkpoint
+from test_gallery import measuring
 
+from layercut.checkpoint import open_checkpoint
 from layercut.cli import cli, main
 from layercut.metrics import METRICS
 from layercut.operations import OPERATIONS
+from layercut.planner import build_plan
 from layercut.recipe import Recipe, load_recipe, parse_recipe
 from layercut.report import read_report
 from layercut.yamltext import YamlText
@@ -236,12 +240,20 @@ def test_blocks_are_found() -> None:
 
 
 @pytest.mark.parametrize("block", YAML, ids=str)
-def test_yaml_block_is_a_recipe(block: Block, validator: jsonschema.Draft202012Validator) -> None:
-    """Fragments get what they leave out: a model."""
+def test_yaml_block_is_a_recipe(block: Block, validator: jsonschema.Draft202012Validator, tmp_path: Path) -> None:
+    """Fragments get what they leave out, a model; and every block plans on one of 30 layers."""
     data = yaml.safe_load(block.text) or {}
     text = block.text if {"model", "slices"} & set(data) else f"{block.text}\nmodel: org/name\n"
-    parse_recipe(YamlText(text, str(block)))
+    recipe = parse_recipe(YamlText(text, str(block)))
     validator.validate(yaml.safe_load(text))
+    close = measuring(lambda a, i, b, j: abs(i - j) / 100)
+    zeros = {name: ("F32", (2, 8), bytes(64)) for name in byte_tensors(30)}
+    model = write_checkpoint(tmp_path / "model", zeros, {"model_type": "llama", "num_hidden_layers": 30, "vocab_size": 2})
+    for number, step in enumerate(data.get("steps", [])):  # the lines of an example are alternatives: each is planned by itself
+        single = parse_recipe(YamlText(json.dumps({"model": "org/name", "steps": [step]}), f"{block} step {number}"))
+        assert build_plan(single, resolve=lambda _: open_checkpoint(model), measure=close).actions.layers
+    if "steps" not in data:
+        assert build_plan(recipe, resolve=lambda _: open_checkpoint(model), measure=close).actions.layers
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
