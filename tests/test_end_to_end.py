@@ -236,3 +236,25 @@ def test_of_several_weight_sets_only_the_indexed_one_is_used(byte_checkpoint: Ca
         "layer 2 (2 tensors, model.layers.*)": "not in the stack that the recipe asks for",
         **dict.fromkeys(["consolidated.safetensors", "model-00003-of-00003.safetensors", "onnx/", "original/", "pytorch_model.bin"], uncut),
     }
+
+
+COMPANIONS = (
+    "LICENSE", "README.md", "USE_POLICY.md", "added_tokens.json", "additional_chat_templates/tools.jinja", "chat_template.jinja",
+    "configuration_custom.py", "generation_config.json", "merges.txt", "modeling_custom.py", "modules.json", "preprocessor_config.json",
+    "sentence_bert_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "images/figure 1.png", "1_Pooling/config.json",
+)  # fmt: skip
+
+
+def test_no_companion_is_lost(byte_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = byte_checkpoint(shards=2)
+    for number, name in enumerate(COMPANIONS):
+        path = source / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes([number]) * (number + 1))
+    recipe = write(tmp_path / "r.yaml", f"model: {source}\nsteps: [{{prune: {{at: 1}}}}]\n")
+    for name in ("a", "b"):
+        assert main(["run", str(recipe), "-q", "--out", str(tmp_path / name)]) == 0
+    for name in COMPANIONS:
+        assert (tmp_path / "a" / name).read_bytes() == (source / name).read_bytes()
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
