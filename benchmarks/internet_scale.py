@@ -73,7 +73,7 @@ def executed_row(case: Case, folder: Path) -> str:
         before = used(point)
         run = measured(layercut("run", recipe, "--quiet"), folder / "log")
         taken = used(point) - before
-        measured(layercut("verify", point / "out", "--no-load"), folder / "log")
+        measured(layercut("verify", point / "out", "--no-load", "--no-contents"), folder / "log")
         written = sum(path.stat().st_size for path in (point / "out").glob("*.safetensors"))
         report = json.loads((point / "out" / "layercut.json").read_text(encoding="utf-8"))
         files = sum(name.endswith(".safetensors") for name in report["files"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,10 +45,14 @@ def volume(kind: str, folder: Path, size: int, *options: str) -> Iterator[Path]:
 
 
 def used(point: Path) -> int:
-    """Bytes that a filesystem has given out, everything written."""
-    subprocess.run(["sync", "--file-system", str(point)], check=True)
-    found = os.statvfs(point)
-    return (found.f_blocks - found.f_bfree) * found.f_frsize
+    """Bytes that a filesystem has given out, everything written and the room of removed files free again (XFS frees it later)."""
+    found = [-3, -2, -1]
+    while len(set(found[-3:])) > 1:
+        subprocess.run(["sync", "--file-system", str(point)], check=True)
+        time.sleep(0.5)
+        state = os.statvfs(point)
+        found.append((state.f_blocks - state.f_bfree) * state.f_frsize)
+    return found[-1]
 
 
 def _call(command: list[str]) -> None:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from layercut.errors import CheckpointError, OutputError
 
-# Bytes asked of the kernel at once: large enough to cost nothing, small enough for progress and Ctrl-C to get a turn, and for the
-# disk to begin early.
-STEP = 16 << 20
+# Bytes asked of the kernel at once: large enough to cost nothing, small enough for the disk to begin early.
+STEP = 4 << 20
+# The same of whole blocks, which may be shared and then cost nothing; progress and Ctrl-C still get a turn where they are copied.
+WHOLE_STEP = 64 << 20
 # Bytes held in memory when the kernel cannot copy by itself.
 BUFFER = 1 << 20
 
@@ -107,7 +108,7 @@ def _step(offset: int, rest: int, block: int) -> int:
     """Bytes of the next step: up to the end of the block that `offset` lies in, then whole blocks, then what remains."""
     if offset % block:
         return min(-offset % block, rest)
-    return min(STEP, rest - rest % block) or rest
+    return min(WHOLE_STEP, rest - rest % block) or rest
 
 
 class SourceFiles:

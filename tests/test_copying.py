@@ -18,6 +18,7 @@ from layercut.copying import BUFFER, Range, SourceFiles, coalesce, copy_range, e
 from layercut.errors import CheckpointError, OutputError
 
 CONTENT = random.Random(0).randbytes(3 * BUFFER + 17)
+BLOCK = os.statvfs(tempfile.gettempdir()).f_bsize
 WAYS = ("copy_file_range", "sendfile", "pread")
 
 
@@ -85,12 +86,35 @@ def test_short_copies_go_on(pair, monkeypatch):
 
 def test_a_step_is_bounded(pair, monkeypatch):
     monkeypatch.setattr(copying, "STEP", 4096)
+    monkeypatch.setattr(copying, "WHOLE_STEP", 2 * BLOCK)
     steps = []
-    copy_range(*pair, 0, 0, 10000, steps.append)
+    copy_range(*pair, 1, 0, 10000, steps.append)
     assert steps == [4096, 4096, 1808]
+    steps.clear()
+    copy_range(*pair, 0, 0, 5 * BLOCK + 7, steps.append)
+    assert steps == [2 * BLOCK, 2 * BLOCK, BLOCK, 7]
 
 
-BLOCK = os.statvfs(tempfile.gettempdir()).f_bsize
+@pytest.mark.parametrize("way", WAYS)
+def test_the_disk_begins_before_everything_is_copied(pair, monkeypatch, way):
+    only(monkeypatch, way)
+    monkeypatch.setattr(copying, "STEP", 4096)
+    asked, steps = [], []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: asked.append((len(steps), *args)))
+    copy_range(*pair, 1, 70, 10000, steps.append)
+    advice = os.POSIX_FADV_DONTNEED
+    assert asked == [(0, pair[1], 70, 4096, advice), (1, pair[1], 4166, 4096, advice), (2, pair[1], 8262, 1808, advice)]
+
+
+def test_advice_that_is_refused_or_unknown(pair, monkeypatch):
+    def refused(*args):
+        raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+
+    monkeypatch.setattr(os, "posix_fadvise", refused)
+    copy_range(*pair, 0, 0, 5000)
+    monkeypatch.delattr(os, "posix_fadvise")
+    copy_range(*pair, 5000, 5000, 5000)
+    assert content(pair[1])[:10001] == CONTENT[:10000] + b"."
 
 
 @pytest.mark.parametrize(
