@@ -83,7 +83,7 @@ def executed_row(case: Case, folder: Path) -> str:
 
 def execution(folder: Path) -> Iterator[str]:
     """The table of executed cuts, or why there is none."""
-    yield "| model | written GB | files | room taken MB | not copied | wall s | CPU s | peak RSS MB | verify --no-load |"
+    yield "| model | written GB | files | room taken MB | not copied | wall s | CPU s | peak RSS MB | verify of the structure |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---|"
     for case in CASES:
         try:
