@@ -31,8 +31,8 @@ LAYERS = 32
 CUT = (20, 26)
 MODELS = {
     "0.5": llama(LAYERS, hidden=768, inner=2048, vocab=16000, key_value=768, shards=1),
-    "4.5": llama(LAYERS, hidden=2304, inner=6144, vocab=48000, key_value=2304, shards=2),
-    "15": llama(LAYERS, hidden=4096, inner=14336, vocab=32000, key_value=1024, shards=3),
+    "4.5": llama(LAYERS, hidden=2304, inner=6144, vocab=48000, key_value=2304, shards=5),
+    "15": llama(LAYERS, hidden=4096, inner=14336, vocab=32000, key_value=1024, shards=4),
 }
 """By the size in GB."""
 
@@ -53,7 +53,8 @@ STEPS = {
     "double layers 8 to 23": "steps: [{duplicate: {at: '8-23'}}]",
 }
 
-SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Compiled modules, as pip leaves them: those of this checkout go to the folder of --build, whatever the environment says.
+SURROUNDINGS = {"PYTHONDONTWRITEBYTECODE": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Run(NamedTuple):
@@ -79,7 +80,7 @@ class Row(NamedTuple):
 
 def measured(command: Sequence[str], log: Path) -> Run:
     """Run a command and wait until it is done. Raises SystemExit with the end of its output when it fails."""
-    environment = os.environ | SURROUNDINGS | {"PYTHONPATH": str(HERE.parent)}
+    environment = os.environ | SURROUNDINGS | {"PYTHONPATH": str(HERE.parent), "PYTHONPYCACHEPREFIX": str(log.parent.parent / "compiled")}
     with log.open("wb") as out:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from layercut.errors import CheckpointError, OutputError
 
 # Bytes asked of the kernel at once: large enough to cost nothing, small enough for the disk to begin early.
-STEP = 4 << 20
+STEP = 64 << 20
 # The same of whole blocks, which may be shared and then cost nothing; progress and Ctrl-C still get a turn where they are copied.
 WHOLE_STEP = 64 << 20
 # Bytes held in memory when the kernel cannot copy by itself.

@@ -16,14 +16,15 @@ from typing import NamedTuple
 
 from layercut.arithmetic import DTYPES
 from layercut.checkpoint import CONFIG, INDEX, Checkpoint, left_out_reason, open_checkpoint, weight_files
-from layercut.copying import explained, sync
+from layercut.copying import Range, explained, sync
 from layercut.errors import CheckpointError, LayercutError, OutputError
 from layercut.header import ITEM_BITS, encode_header, parse_json, quoted
 from layercut.journal import NOTHING, Entry, Expected, Found, Identity, Journal, clear, read_journal, survey
 from layercut.plan import Actions, OutputFile, Part, Plan, TensorCopy, TensorMade
 from layercut.report import REPORT, Report, WrittenFile, file_digest, make_report, read_report, write_report
+from layercut.sharing import sharing_filesystem, whole_blocks
 from layercut.staging import Place, check_place, check_space, check_vacant, publish, recover, resumable, settle, staged, throw_away
-from layercut.writer import Writer
+from layercut.writer import Writer, pieces, steps_of
 
 __all__ = ["Place", "check_plan", "check_vacant", "execute", "open_sources", "published"]
 
@@ -95,6 +96,22 @@ def _headers(plan: Plan) -> dict[str, bytes]:
         file.name: encode_header([(t.name, t.dtype, t.shape) for t in file.tensors], file.metadata, file.header_size)
         for file in plan.actions.files
     }
+
+
+def _shared(plan: Plan, headers: Mapping[str, bytes], place: Place, kept: Mapping[str, int]) -> int:
+    """Bytes of what is not kept that take no room, because the filesystem lets them share blocks with their sources."""
+    folders = {alias: Path(source.folder) for alias, source in plan.sources.items()}
+    blocks: dict[Path, int] = {}
+    for alias, folder in folders.items():
+        names = [folder / name for name in plan.sources[alias].files]
+        filesystem = sharing_filesystem(place.target, names)
+        blocks |= dict.fromkeys(names, filesystem.block) if filesystem is not None else {}
+    shared = 0
+    for file in plan.actions.files if blocks else ():
+        for piece in pieces(steps_of(file.tensors, folders), len(headers[file.name]), kept.get(file.name, 0)):
+            if isinstance(piece.step, Range) and piece.step.path in blocks:
+                shared += whole_blocks(piece.step.begin, piece.step.end, piece.offset, blocks[piece.step.path])
+    return shared
 
 
 def _total(plan: Plan, headers: Mapping[str, bytes]) -> int:
@@ -268,7 +285,7 @@ def _found(plan: Plan, headers: Mapping[str, bytes], place: Place, identity: Ide
     else:
         found = NOTHING
     sizes = {name: entry.size for name, entry in found.entries.items()}
-    check_space(place, _total(plan, headers) - sum(sizes.values()), sizes)
+    check_space(place, _total(plan, headers) - sum(sizes.values()) - _shared(plan, headers, place, sizes), sizes)
     if found.identity is None:
         if unlike is not None and not restart and place.content.is_dir() and any(place.content.iterdir()):
             print(f"{place.staging}: what an earlier run wrote is thrown away: {unlike}", file=sys.stderr)

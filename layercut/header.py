@@ -19,11 +19,11 @@ from typing import Any, NamedTuple, NoReturn
 
 from layercut.errors import CheckpointError
 
-MAX_HEADER = 100_000_000
-"""Bytes of JSON that the safetensors library reads at most."""
+MAX_HEADER = 25_000_000
+"""Bytes of JSON that are read at most: 125,000 tensors of long names. The library takes 100,000,000, which cost 300 MB of memory."""
 
-MAX_VALUES = 1_200_000
-"""Commas and brackets in JSON that is taken for honest: 150,000 tensors in one file. Python takes 100 bytes and more for each."""
+MAX_VALUES = 1_000_000
+"""Commas and brackets in JSON that is taken for honest: 125,000 tensors in one file. Python takes 100 bytes and more for each."""
 
 MAX_ELEMENTS = 2**63
 """No tensor has as many elements, nor a dimension as long: torch counts in int64."""
@@ -74,18 +74,21 @@ def read_header(path: Path) -> Header:
     over: names that stand twice, unknown keys, and lengths that do not fit int64.
     """
     raw, size = _read_raw(path)
+    start, digest = len(raw), hashlib.sha256(raw).hexdigest()
     try:
         text = str(memoryview(raw)[8:], "utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"header is not UTF-8 (byte {error.start + 8})", where=path) from None
+    del raw  # a long header is held once, not three times
     if not text.startswith("{"):
         raise CheckpointError("header does not start with '{'", where=path, hint="is it a safetensors file?")
     entries = parse_json(text, path)
+    del text
     metadata = _metadata(entries.pop(METADATA_KEY, None), path)
-    tensors = [_entry(name, value, len(raw), path) for name, value in entries.items()]
+    tensors = [_entry(name, value, start, path) for name, value in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end, tensor.name))
-    _check_cover(tensors, len(raw), size, path)
-    return Header(tuple(tensors), metadata, len(raw), hashlib.sha256(raw).hexdigest())
+    _check_cover(tensors, start, size, path)
+    return Header(tuple(tensors), metadata, start, digest)
 
 
 def encode_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], size: int | None = None) -> bytes:
@@ -106,7 +109,7 @@ def encode_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata:
     text += b" " * (-len(text) % 8)
     length = len(text) if size is None else size - 8
     if length > MAX_HEADER:
-        raise CheckpointError(f"a header of {length} bytes is over the {MAX_HEADER} that safetensors allows", hint="write more shards")
+        raise CheckpointError(f"a header of {length} bytes is over the {MAX_HEADER} that layercut reads", hint="write more shards")
     if length < len(text) or length % 8:
         raise CheckpointError(f"a header of {len(text) + 8} bytes cannot be padded to {length + 8}")
     text = text.ljust(length)
@@ -174,7 +177,7 @@ def _read_raw(path: Path) -> tuple[bytearray, int]:
                 raise CheckpointError(f"file is {size} bytes, too short for safetensors: truncated, download it again", where=path)
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER:
-                message = f"header length {length} is over the {MAX_HEADER} that safetensors allows"
+                message = f"header length {length} is over the {MAX_HEADER} that layercut reads"
                 raise CheckpointError(message, where=path, hint="is it a safetensors file?")
             if length > size - 8:
                 _truncated(size, f"more than {length + 8}", path)

@@ -70,6 +70,13 @@ def sharing_filesystem(output: Path, sources: Iterable[Path]) -> Filesystem | No
     return None
 
 
+def whole_blocks(begin: int, end: int, at: int, block: int) -> int:
+    """Bytes of a range of a source that take no room when they are copied to `at`: its whole blocks, if they are in step."""
+    if (begin - at) % block:
+        return 0
+    return max(0, end // block * block - -(-begin // block) * block)
+
+
 def read_mounts() -> tuple[Mount, ...]:
     """The mounts that this process sees, later ones over earlier ones; empty where the system has no such table."""
     found = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,8 +20,10 @@ from layercut.plan import Plan, TensorCopy, TensorMade
 from layercut.report import file_digest
 from layercut.staging import Place
 
-# Bytes of one file that a crash can cost: a longer file is put on the disk, and recorded, at every multiple of this.
+# A longer file is put on the disk, and recorded, at multiples of this, but only when PAUSE has passed: so a crash costs a second or
+# two of work on any disk, and a fast one does not wait at each of them. In bytes and seconds.
 MARK = 128 << 20
+PAUSE = 1.0
 
 Step = Range | TensorMade
 
@@ -90,15 +93,15 @@ class Writer(NamedTuple):
             if kept is None:
                 write_bytes(target, start)
             advance(position)
-            recorded = position
+            recorded, since = position, time.monotonic()
             for piece in pieces(steps, len(start), position):
                 put(piece, target)
                 position = piece.end
-                if position // MARK > recorded // MARK:
+                if position // MARK > recorded // MARK and time.monotonic() >= since + PAUSE:
                     os.fsync(target)
                     self._sync(path)
                     self.journal.record(name, position)
-                    recorded = position
+                    recorded, since = position, time.monotonic()
         self._sync(path)
         self.journal.record(name, position, hashlib.sha256(start).hexdigest() if name in self.headers else file_digest(path).sha256)
 

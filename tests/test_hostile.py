@@ -111,10 +111,10 @@ HEADERS: Mapping[str, tuple[bytes, str]] = {
     "empty": (b"", "file is 0 bytes, too short for safetensors"),
     "no length": (b"1234567", "file is 7 bytes, too short"),
     "length 0": (weights(b"", b""), "header does not start with '{'"),
-    "length of all ones": (b"\xff" * 8 + b"{}", "header length 18446744073709551615 is over the 100000000"),
-    "100 MB are claimed": (weights(b"{}", b"", MAX_HEADER), "truncated"),
-    "a byte more is claimed": (weights(b"{}", b"", MAX_HEADER + 1), "header length 100000001 is over"),
-    "pickle": (b"\x80\x02cposix\nsystem\nq\x00X\x02\x00\x00\x00idq\x01\x85R.", "is over the 100000000 that safetensors allows"),
+    "length of all ones": (b"\xff" * 8 + b"{}", "header length 18446744073709551615 is over the 25000000"),
+    "25 MB are claimed": (weights(b"{}", b"", MAX_HEADER), "truncated"),
+    "a byte more is claimed": (weights(b"{}", b"", MAX_HEADER + 1), "header length 25000001 is over"),
+    "pickle": (b"\x80\x02cposix\nsystem\nq\x00X\x02\x00\x00\x00idq\x01\x85R.", "is over the 25000000 that layercut reads"),
     "not UTF-8": (weights(b'{"\xff\xfe":1}'), "header is not UTF-8 (byte 10)"),
     "BOM": (weights(b"\xef\xbb\xbf{}"), "header does not start with '{'"),
     "UTF-16": (weights("{}".encode("utf-16-le")), "not JSON: NUL at byte 9"),
@@ -496,7 +496,7 @@ PLANS: Mapping[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "source with a NUL": (change("sources.{source}.folder", "a\0b"), "no such folder"),
     "source of other sizes": (change("sources.{source}.files", {}), "source changed since the plan was made"),
     "donor of nobody": (change("donor", "x"), "names the donor 'x'"),
-    "header of 1 TB": (change("actions.files.0.header_size", 10**12), "is over the 100000000"),
+    "header of 1 TB": (change("actions.files.0.header_size", 10**12), "is over the 25000000"),
     "negative header": (change("actions.files.0.header_size", -8), "cannot be padded"),
     "index of other tensors": (change("actions.index", '{"weight_map":{"a":"b"}}'), "does not list its tensors"),
     "config that is a list": (change("actions.config", "[]"), "config.json is not a JSON object"),
@@ -662,16 +662,18 @@ def bombs(folder: Path) -> Iterator[tuple[str, list[str], str]]:
 
     whole = MAX_HEADER + 8
     head = struct.pack("<Q", MAX_HEADER)
-    yield "brackets in a header", source("h1", weights=head + b'{"a":' + b"[" * (MAX_HEADER - 5)), "JSON holds more than 1200000 values"
+    yield "brackets in a header", source("h1", weights=head + b'{"a":' + b"[" * (MAX_HEADER - 5)), "JSON holds more than 1000000 values"
     yield "a header that is a hole", source("h2", weights=(head + b'{"a', whole)), "not JSON: NUL at byte 11"
-    yield "empty objects in a header", source("h3", weights=weights(b'{"a":[' + b"{}," * 590_000)), "not JSON"
-    yield "a name of 6 million escapes", source("h4", weights=weights(b'{"' + b"\\u0001" * 6_000_000 + b'":1}')), "entry is not an object"
-    yield "small objects in a config", source("c1", config=b'{"a":[' + b'{"":0},' * 590_000 + b"0]}"), "no layers found"
-    yield "lists in a config", source("c2", config=b"[" + b"[[]]," * 390_000 + b"0]"), "not a JSON object"
+    yield "empty objects in a header", source("h3", weights=weights(b'{"a":[' + b"{}," * 490_000)), "not JSON"
+    yield "a name of 4 million escapes", source("h4", weights=weights(b'{"' + b"\\u0001" * 4_100_000 + b'":1}')), "entry is not an object"
+    many = b",".join(b'"%s%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % (b"x" * 110, n) for n in range(124_000))
+    yield "25 MB of tensors", source("h5", weights=weights(b"{" + many + b',"a":1}')), "tensor 'a': entry is not an object"
+    yield "small objects in a config", source("c1", config=b'{"a":[' + b'{"":0},' * 490_000 + b"0]}"), "no layers found"
+    yield "lists in a config", source("c2", config=b"[" + b"[[]]," * 320_000 + b"0]"), "not a JSON object"
     yield "a config of 1 GB", source("c3", config=(b'{"a":' + b"[" * 99, 1 << 30)), "is longer than the 16000000 bytes"
-    yield "brackets in a config", source("c4", config=b'{"a":' + b"[" * 15_000_000), "JSON holds more than 1200000 values"
+    yield "brackets in a config", source("c4", config=b'{"a":' + b"[" * 15_000_000), "JSON holds more than 1000000 values"
     yield "an index of 1 TB", source("i1", index=(b"{", 1 << 40)), "is longer than the 50000000 bytes"
-    yield "brackets in an index", source("i2", index=b'{"weight_map":' + b"{" * 49_000_000), "JSON holds more than 1200000 values"
+    yield "brackets in an index", source("i2", index=b'{"weight_map":' + b"{" * 49_000_000), "JSON holds more than 1000000 values"
     yield "a report of 1 TB", source("r1", report=(b"{", 1 << 40)), "is longer than the 50000000 bytes"
     yield "brackets in a report", source("r2", report=b'{"format":' + b"[" * 10_000_000), "recursion limit exceeded"
     for number, (name, text, said) in enumerate((

@@ -112,7 +112,7 @@ def slow(seconds):
 
 def child(ask, answers):
     code, said = 0, ""
-    writer.MARK = ask["mark"]
+    writer.MARK, writer.PAUSE = ask["mark"], 0
     if ask["slow"]:
         slow(ask["slow"])
     if ask["at"] is not None:
@@ -369,6 +369,7 @@ def test_a_run_goes_on_in_the_middle_of_a_file(tmp_path, monkeypatch):
     plan = plan_for({"source": folder}, [("source", 0)])
     execute(plan, tmp_path / "clean", progress=False)
     monkeypatch.setattr(writer, "MARK", 300)
+    monkeypatch.setattr(writer, "PAUSE", 0)
     begin = plan.actions.files[0].tensors[0].begin
     header = (tmp_path / "clean" / "model.safetensors").stat().st_size - 1000
     assert header < 300
@@ -390,6 +391,7 @@ def test_half_a_file_that_is_not_what_was_recorded_is_written_again(tmp_path, mo
     folder = write_checkpoint(tmp_path / "source", {"model.layers.0.w": ("U8", (1000,), data)}, {"num_hidden_layers": 1})
     plan = plan_for({"source": folder}, [("source", 0)])
     monkeypatch.setattr(writer, "MARK", 300)
+    monkeypatch.setattr(writer, "PAUSE", 0)
     with stopped(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
         execute(plan, tmp_path / "out", progress=False)
     half = tmp_path / STAGING / "content" / "model.safetensors"
@@ -419,6 +421,7 @@ def test_arithmetic_goes_on_in_the_middle_of_a_tensor(tmp_path, monkeypatch, fac
     plan = with_made(plan, lambda tensor: made_of(tensor, **how))
     execute(plan, tmp_path / "clean", progress=False)
     monkeypatch.setattr(writer, "MARK", 301)
+    monkeypatch.setattr(writer, "PAUSE", 0)
     real, calls = writer.write_made, []
 
     def write_made(made, *rest):

@@ -16,12 +16,12 @@ import pytest
 
 from layercut import run_recipe, sharing
 from layercut.checkpoint import open_checkpoint
-from layercut.errors import LayercutError
+from layercut.errors import LayercutError, OutputError
 from layercut.executor import execute
-from layercut.plan import Plan, TensorCopy
+from layercut.plan import OutputFile, Plan, TensorCopy
 from layercut.planner import build_plan
 from layercut.recipe import load_recipe
-from layercut.sharing import Filesystem, Mount, mount_of, read_mounts, sharing_filesystem
+from layercut.sharing import Filesystem, Mount, mount_of, read_mounts, sharing_filesystem, whole_blocks
 from layercut.source import resolve
 from layercut.verify import verify
 
@@ -189,7 +189,7 @@ def test_small_models_are_laid_out_as_ever(byte_checkpoint: Callable[..., Path],
         (-4096, "a header of 1016 bytes cannot be padded to -4096"),
         (1008, "a header of 1016 bytes cannot be padded to 1008"),
         (4097, "a header of 1016 bytes cannot be padded to 4097"),
-        (10**18, "a header of 999999999999999992 bytes is over the 100000000 that safetensors allows; write more shards"),
+        (10**18, "a header of 999999999999999992 bytes is over the 25000000 that layercut reads; write more shards"),
     ],
 )
 def test_a_hostile_header_size_writes_nothing(byte_checkpoint: Callable[..., Path], tmp_path: Path, size: int, message: str) -> None:
@@ -263,6 +263,33 @@ def test_a_cut_takes_almost_no_room(point: Path, steps: str) -> None:
     plain = build_plan(load_recipe(recipe), resolve=resolve, measure=None)  # type: ignore[arg-type]
     assert list(digests(point / "out").items()) == list(expected(plain).items()), "tensors, in their natural order"
     shutil.rmtree(point / "out")
+
+
+def test_room_is_asked_for_only_where_blocks_are_not_shared(point: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(point, point / "source", CUT)
+    plain = build_plan(load_recipe(recipe), resolve=resolve, measure=None)  # type: ignore[arg-type]
+    with (point / "full").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(point).free - (150 << 20))
+    report = run_recipe(recipe, out=point / "out", progress=False)
+    assert report.weight_bytes.after > 350_000_000
+    alien = plain.model_copy(update={"actions": plain.actions.model_copy(update={"files": shifted(plain)})})
+    with pytest.raises(OutputError, match=r"^needs [0-9.]+ MB, [0-9.]+ MB free on "):
+        execute(alien, point / "other", progress=False)
+    shutil.rmtree(point / "out")
+    (point / "full").unlink()
+
+
+def shifted(plan: Plan) -> tuple[OutputFile, ...]:
+    """The same files with headers of another size: nothing is in step with its source."""
+    return tuple(file.model_copy(update={"header_size": 64_000 + 8}) for file in plan.actions.files)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "at", "bytes_"),
+    [(0, 10, 0, 8), (0, 10, 1, 0), (1, 10, 5, 4), (1, 10, 2, 0), (1, 3, 1, 0), (5, 7, 1, 0), (4, 8, 400, 4), (0, 0, 0, 0), (3, 13, 7, 8)],
+)
+def test_whole_blocks(begin: int, end: int, at: int, bytes_: int) -> None:
+    assert whole_blocks(begin, end, at, 4) == bytes_
 
 
 def test_the_same_cut_elsewhere_holds_the_same_tensors(point: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from layercut import writer
 from layercut.copying import Range
 from layercut.plan import Part, TensorCopy, TensorMade
-from layercut.writer import MARK, Piece, pieces, steps_of
+from layercut.writer import MARK, PAUSE, Piece, pieces, steps_of
 
 A, B = Path("a"), Path("b")
 
@@ -29,6 +29,7 @@ def made(count, dtype="F32", *parts, name="t"):
 
 def test_progress_is_recorded_often_enough():
     assert MARK <= 256_000_000
+    assert PAUSE <= 2  # seconds
     assert MARK % (1 << 20) == 0  # a multiple of any block
 
 
