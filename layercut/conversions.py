@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from layercut.errors import CheckpointError
 
 BLOCK = 1 << 22
+STAGING = ".converting-"
 
 
 def converted(root: Path, title: str, files: Mapping[str, Path], make: Callable[[Path, Path], Path], where: Path) -> Path:
@@ -92,7 +94,7 @@ def _sha256(path: Path) -> str:
 def _make(folder: Path, make: Callable[[Path, Path], Path]) -> None:
     """Convert beside `folder`, and rename."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    staging, lock = _staging(folder.parent)
     try:
         target = make(staging, folder)
         with contextlib.suppress(OSError):  # another process was first, with the same bytes
@@ -101,3 +103,30 @@ def _make(folder: Path, make: Callable[[Path, Path], Path]) -> None:
             raise CheckpointError("the converted model cannot be put in its place", where=folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
+
+
+def _staging(root: Path) -> tuple[Path, int]:
+    """A new folder and the descriptor that holds its lock. What a killed conversion left, which nobody holds, goes."""
+    with contextlib.closing(_Held(root)):  # or a folder that is made there now, and not locked yet, would go too
+        for left in sorted(root.glob(f"{STAGING}*")):
+            with contextlib.suppress(OSError), contextlib.closing(_Held(left, wait=False)):
+                shutil.rmtree(left)
+        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=root))
+        return staging, _Held(staging).descriptor
+
+
+class _Held:
+    """A folder that this process holds until `close`. Where a file system has no locks, nothing is held."""
+
+    def __init__(self, folder: Path, *, wait: bool = True) -> None:
+        self.descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            if not wait:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        os.close(self.descriptor)

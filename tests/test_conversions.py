@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,21 @@ def test_made_once_and_found_again(tmp_path: Path, files: dict[str, Path]) -> No
     assert sorted(path.name for path in root.iterdir()) == sorted(["known", folder.name]), "no staging is left"
     assert converted(root, "model", files, make, tmp_path) == folder
     assert make.calls == 1
+
+
+def test_what_a_killed_conversion_left_goes_and_what_another_makes_stays(tmp_path: Path, files: dict[str, Path]) -> None:
+    root = tmp_path / "cache"
+    for name in (".converting-killed", ".converting-other", "kept"):
+        (root / name).mkdir(parents=True)
+        (root / name / "model.safetensors").write_bytes(b"half")
+    other = os.open(root / ".converting-other", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)  # as a process does that is at work
+    folder = converted(root, "model", files, Maker(files), tmp_path)
+    assert sorted(path.name for path in root.iterdir()) == sorted([".converting-other", "kept", "known", folder.name])
+    os.close(other)
+    files["a"].write_text("c", encoding="utf-8")
+    again = converted(root, "model", files, Maker(files), tmp_path)
+    assert sorted(path.name for path in root.iterdir()) == sorted(["kept", "known", folder.name, again.name])
 
 
 def test_a_long_title_is_cut(tmp_path: Path, files: dict[str, Path]) -> None:
