@@ -30,7 +30,6 @@ test: lint ## what every change must pass
 test-all: test demo ## the same, then the demo
 
 fuzz: $(VENV)/installed ## change checkpoints, recipes and plans at random for a minute, guided by coverage where atheris installs
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	$(VENV)/bin/python tests/fuzz.py 60
 
 lint: $(VENV)/installed ## style, types, and whether the generated pages are current
