@@ -155,16 +155,30 @@ def recipe_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+TOKENS = (
+    "## Tokens", "",
+    "`token` says which tokens of a sample count. Pads never do; a BOS token does.", "",
+    "| token | counts |", "|---|---|",
+    "| `last` | the last one: it alone has seen the whole sample |",
+    "| `all` | all of them |",
+    "| `skip-first-4` | all but the first 4: the first tokens of a sample may be attention sinks, many times as long as others |",
+    "| `completion` | what the assistant says in a conversation |",
+    "| `7`, `-2` | one by its index, negative from the end; every sample must have it |", "",
+    "Means are over tokens, so that long samples weigh more. A sample without such a token is left out.",
+)  # fmt: skip
+
+
 def metrics_page() -> str:
     """The reference of metrics."""
     lines = [
         NOTE, "", "# Metrics", "",
-        "A metric says how far apart two boundary states of one token are. Boundary state `h_i` enters layer `i`; `h_L` leaves the last",
-        "layer, before the final norm. Removing layers `[s, s+n)` hands `h_s` to a layer that expects `h_{s+n}`, and repeating them does",
-        "the opposite: both cost the distance between the two. All metrics come from one pass over the calibration text, in float64,",
-        "with the standard error over samples.", "",
+        "A metric says how far apart two boundary states are. Boundary state `h_i` enters layer `i`; `h_L` leaves the last layer,",
+        "before the final norm. Removing layers `[s, s+n)` hands `h_s` to a layer that expects `h_{s+n}`, and repeating them does the",
+        "opposite: both cost the distance between the two. All metrics come from one pass over the calibration text, in float64, with",
+        "the standard error over samples.", "",
         "The first of `metrics` decides; the others are shown. A step may name its own.", "",
-        "```yaml", "metrics: [angular, {name: cosine, token: last}]", "```",
+        "```yaml", "metrics: [angular, {name: cosine, token: last}, {name: euclidean, token: skip-first-1}]", "```", "",
+        *TOKENS,
     ]  # fmt: skip
     for name, metric in METRICS.items():
         token = f"Tokens, unless the recipe says otherwise: `{metric.model_fields['token'].default}`."

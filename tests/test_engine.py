@@ -18,10 +18,10 @@ import torch
 from conftest import byte_tokenizer, tiny_model
 from torch import nn
 
-from layercut import engine
+from layercut import accumulators, encoding, engine
 from layercut.calibration import BuiltinCalibration, TextCalibration
 from layercut.checkpoint import open_checkpoint
-from layercut.engine import Sums, measure
+from layercut.engine import measure
 from layercut.errors import CalibrationError, CheckpointError, LayercutError, RefusedError
 from layercut.loading import bos_prefix, layers_of, load_backbone, load_tokenizer, pick_device
 from layercut.metrics import Angular, Cosine, Metric
@@ -170,7 +170,7 @@ def test_results_do_not_depend_on_the_batch_size(tiny: Tiny, tmp_path: Path) -> 
 def test_small_chunks_give_the_same(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = jsonl(tmp_path / "t.jsonl", TEXTS)
     whole = run({"m": tiny("llama")}, METRICS, calibration)
-    monkeypatch.setattr(engine, "CHUNK_BYTES", 8 * 7 * 32 * 3)  # three tokens at a time
+    monkeypatch.setattr(accumulators, "CHUNK_BYTES", 8 * 7 * 32 * 3)  # three tokens at a time
     for table, reference in zip(run({"m": tiny("llama")}, METRICS, calibration).tables, whole.tables, strict=True):
         assert worst(table, lists(reference)) < 1e-12
 
@@ -340,27 +340,6 @@ def test_a_metric_given_twice_is_measured_once(tiny: Tiny, tmp_path: Path) -> No
     assert len(found.tables) == 1
 
 
-def test_sums_by_hand() -> None:
-    # Two samples of one cell: 2 tokens with sum 1.0 and 3 tokens with sum 3.0. mean = 4/5 = 0.8.
-    # Residuals: 1.0 - 0.8*2 = -0.6 and 3.0 - 0.8*3 = 0.6; squares 0.36 + 0.36 = 0.72; * K/(K-1) = 2 -> 1.44; sqrt = 1.2; / 5 = 0.24
-    for parts in ([[0, 1]], [[0], [1]]):
-        sums = Sums(Cosine())
-        values, counts = torch.tensor([[[1.0]], [[3.0]]], dtype=torch.float64), torch.tensor([2.0, 3.0], dtype=torch.float64)
-        for part in parts:
-            sums.add(values[part], counts[part])
-        assert sums.mean().item() == pytest.approx(0.8, abs=1e-15)
-        assert sums.stderr().item() == pytest.approx(0.24, abs=1e-15)
-
-
-def test_sums_keep_small_spreads() -> None:
-    # mean 1 and spread 1e-9: sums of raw squares would lose it, 1 + 1e-18 == 1 in float64
-    values = 1 + 1e-9 * torch.tensor([-1.0, 1.0] * 50, dtype=torch.float64)
-    sums = Sums(Cosine())
-    for value in values:
-        sums.add(value.reshape(1, 1, 1), torch.ones(1, dtype=torch.float64))
-    assert sums.stderr().item() == pytest.approx(1e-9 / math.sqrt(99), rel=1e-5)  # s/sqrt(K), s = 1e-9 sqrt(100/99)
-
-
 # Tokenizers
 
 
@@ -438,7 +417,7 @@ def test_text_problems_come_before_the_model_is_loaded(tiny: Tiny, tmp_path: Pat
 
 def test_text_without_tokens(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = jsonl(tmp_path / "t.jsonl", ["a"])
-    monkeypatch.setattr(engine, "encode", lambda tokenizer, text: [])
+    monkeypatch.setattr(encoding, "encode", lambda tokenizer, text: [])
     assert refused(CalibrationError, {"m": tiny("llama")}, [Cosine()], calibration) == "the calibration text gives no tokens"
 
 
@@ -481,7 +460,7 @@ def test_overflow_in_half_precision(tiny: Tiny, tmp_path: Path) -> None:
 def test_models_of_different_sizes(tiny: Tiny, tmp_path: Path) -> None:
     models = {"a": tiny("llama"), "b": tiny("llama", hidden_size=48)}
     message = refused(RefusedError, models, [Cosine()], jsonl(tmp_path / "t.jsonl", TEXTS))
-    assert message == "models 'a' and 'b' have hidden sizes 32 and 48; distances need states of the same size"
+    assert message == "models 'a' and 'b' have hidden sizes 32 and 48; cosine[all] needs states of the same size"
 
 
 def test_models_with_different_tokenizers(tiny: Tiny, tmp_path: Path) -> None:
@@ -576,56 +555,6 @@ def test_layers_that_cannot_be_found() -> None:
     with pytest.raises(CheckpointError) as caught:
         layers_of(twins, 1)
     assert str(caught.value) == "ModuleDict has several lists of 1 layers: a, b"
-
-
-class Looped(nn.Module):
-    """Layers that hand over by keyword or by position, give tuples or tensors, and may run in a loop."""
-
-    def __init__(self, times: int) -> None:
-        super().__init__()
-        self.times = times
-        self.layers = nn.ModuleList([Scaled(2.0), Scaled(3.0)])
-
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
-        for _ in range(self.times):
-            state = self.layers[0](hidden_states=state)
-            state = self.layers[1](state)[0]
-        return state
-
-
-class Scaled(nn.Module):
-    def __init__(self, by: float) -> None:
-        super().__init__()
-        self.by = by
-
-    def forward(self, hidden_states: torch.Tensor) -> Any:
-        hidden_states *= self.by  # in place: the kept input must not change
-        return (hidden_states, None) if self.by == 3.0 else hidden_states
-
-
-def test_boundaries_take_keywords_tuples_and_copies() -> None:
-    model = Looped(1)
-    rows = torch.tensor([[True, False, True]])
-    with engine.Boundaries("m", model.layers, rows) as boundaries:
-        model(torch.ones(1, 3, 4))
-    assert [state.tolist() for state in boundaries.states()] == [[[value] * 4] * 2 for value in (1.0, 2.0, 6.0)]
-
-
-def test_layers_that_run_twice_are_refused() -> None:
-    model = Looped(2)
-    with engine.Boundaries("m", model.layers, torch.ones(1, 3, dtype=torch.bool)) as boundaries:
-        model(torch.ones(1, 3, 4))
-    with pytest.raises(CheckpointError) as caught:
-        boundaries.states()
-    assert str(caught.value) == "the layers of model 'm' do not run once each, in order; it cannot be measured"
-
-
-def test_states_of_another_form_are_refused() -> None:
-    model = Looped(1)
-    with pytest.raises(CheckpointError) as caught, engine.Boundaries("m", model.layers, torch.ones(1, 3, dtype=torch.bool)):
-        model(torch.ones(2, 1, 3, 4))
-    expected = "boundary 0 of model 'm' is no tensor of (samples, tokens, hidden); this architecture cannot be measured"
-    assert str(caught.value) == expected
 
 
 # A real model

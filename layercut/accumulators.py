@@ -1,0 +1,171 @@
+"""Accumulators: what a schedule hands boundary states to, and what the tables of all metrics come from.
+
+A schedule is any way of running models over samples: all of a model batch by batch, or layer by layer. Accumulators know
+neither models nor text; what several processes gathered is merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from layercut.errors import CalibrationError, CheckpointError, RefusedError
+from layercut.metric import Inner, Metric, Scores, TokenMetric
+from layercut.plan import Table
+from layercut.sums import Sums
+from layercut.tokens import Sample, Token, positions
+
+CHUNK_BYTES = 8 << 20
+"""Bytes that the float64 states of a chunk of tokens take at most: what a cache holds is not read twice from memory."""
+
+
+class Model(NamedTuple):
+    """What is known here of a model."""
+
+    alias: str
+    depth: int
+    dtype: torch.dtype
+    """That of its weights."""
+
+
+class Schedule(Protocol):
+    """A way of running models over samples."""
+
+    @property
+    def models(self) -> Sequence[Model]:
+        """The models, in the order of their states."""
+
+    def run(self, batches: Iterable[list[Sample]], accumulators: Accumulators) -> None:
+        """Run every batch once: `choose`, then `add`."""
+
+
+class Accumulators:
+    """The sums of every metric. Boundaries of all models stand one after another: B in all, L + 1 of a model of L layers."""
+
+    def __init__(self, models: Sequence[Model], metrics: Sequence[Metric]) -> None:
+        self._models = tuple(models)
+        self._metrics = tuple({metric.label: metric for metric in metrics}.values())
+        self._sums = {metric.label: Sums() for metric in self._metrics}
+
+    def choose(self, batch: Sequence[Sample]) -> Tensor:
+        """The tokens whose states `add` wants: bool, (samples, width of the longest), on the CPU; never a pad. Once a batch."""
+        return torch.stack([self._picked(metric.token, metric.label, batch) for metric in self._metrics]).any(0)
+
+    def add(self, batch: Sequence[Sample], rows: Tensor, states: Sequence[Tensor]) -> None:
+        """Take in the states of a batch: for each of the B boundaries (tokens, d), tokens in the order of `rows.nonzero()`.
+
+        `rows` is what `choose` gave. States may have any floating dtype, and none is kept. Raises CheckpointError with model,
+        boundary and sample when a state is not finite, and RefusedError when the models cannot be compared.
+        """
+        if not rows.any():
+            return
+        self._check_sizes(states)
+        if states[0].device.type == "mps":  # it has no float64
+            states = [state.cpu() for state in states]
+        device = states[0].device
+        owner = rows.nonzero()[:, 0].to(device)
+        for token, metrics in self._by_token():
+            picked = self._picked(token, metrics[0].label, batch)
+            own = picked[rows].to(device)
+            whole = bool(own.all())
+            kept = states if whole else [state[own] for state in states]
+            totals = torch.zeros(len(metrics), len(batch), len(states), len(states), dtype=torch.float64, device=device)
+            for part, inner in _inners(kept):
+                for total, metric in zip(totals, metrics, strict=True):
+                    total.index_add_(0, (owner if whole else owner[own])[part], metric.distances(inner))
+            for total, metric in zip(totals, metrics, strict=True):
+                if not total.isfinite().all():
+                    self._blame(batch, metric, kept, owner[own])
+                self._sums[metric.label].add(total, picked.sum(1).to(device, torch.float64))
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was gathered: tensors on the CPU, by keys that are the same in every process."""
+        return {f"{label}/{key}": value for label, sums in self._sums.items() for key, value in sums.state().items()}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Take in what another process gathered, given by its `state`."""
+        for label, sums in self._sums.items():
+            sums.merge({key.removeprefix(f"{label}/"): value for key, value in state.items() if key.startswith(f"{label}/")})
+
+    def tables(self) -> tuple[Table, ...]:
+        """The distances of every metric between every two models. Raises CalibrationError when no token counted."""
+        return tuple(table for metric in self._metrics for table in self._tables(metric))
+
+    def _by_token(self) -> Iterator[tuple[Token, list[TokenMetric]]]:
+        """Metrics of single tokens, together when they are averaged over the same ones."""
+        found: dict[Token, list[TokenMetric]] = {}
+        for metric in self._metrics:
+            if isinstance(metric, TokenMetric):
+                found.setdefault(metric.token, []).append(metric)
+        yield from found.items()
+
+    def _picked(self, token: Token, label: str, batch: Sequence[Sample]) -> Tensor:
+        """The tokens that a metric is averaged over: bool, (samples, width)."""
+        picked = torch.zeros(len(batch), max(len(sample.ids) for sample in batch), dtype=torch.bool)
+        for row, sample in enumerate(batch):
+            picked[row, list(positions(token, sample, label))] = True
+        return picked
+
+    def _check_sizes(self, states: Sequence[Tensor]) -> None:
+        first = [states[start].shape[-1] for start, _ in self._spans().values()]
+        for model, size in zip(self._models, first, strict=True):
+            for metric in self._metrics:
+                if size != first[0] and not metric.sizes_may_differ:
+                    message = f"models '{self._models[0].alias}' and '{model.alias}' have hidden sizes {first[0]} and {size}"
+                    raise RefusedError(message, hint=f"{metric.label} needs states of the same size")
+
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        """The boundaries of every model, [start, stop)."""
+        stops = list(accumulate(model.depth + 1 for model in self._models))
+        return {model.alias: (stop - model.depth - 1, stop) for model, stop in zip(self._models, stops, strict=True)}
+
+    def _blame(self, batch: Sequence[Sample], metric: Metric, states: Sequence[Tensor], owner: Tensor) -> None:
+        """Raise the error that names the first boundary which is not finite."""
+        boundary, bad = next(
+            ((boundary, bad) for boundary, state in enumerate(states) if (bad := ~state.isfinite().all(1)).any()),
+            (0, torch.ones_like(owner, dtype=torch.bool)),
+        )
+        number = batch[int(owner[bad][0])].number
+        spans = self._spans()
+        model = next(model for model in self._models if boundary < spans[model.alias][1])
+        layer = boundary - spans[model.alias][0] - 1
+        place = f"the output of layer {layer} of" if layer >= 0 else "the embedding in"
+        hint = "the weights are damaged" if model.dtype in (torch.float32, torch.float64) else "measure with dtype float32"
+        raise CheckpointError(f"{place} model '{model.alias}' is not finite on sample {number} (metric {metric.label})", hint=hint)
+
+    def _scores(self, metric: Metric) -> Scores:
+        if not self._sums[metric.label].samples:
+            raise CalibrationError(f"no sample has a token that metric {metric.label} counts", hint="use longer texts or another token")
+        return self._sums[metric.label].scores()
+
+    def _tables(self, metric: Metric) -> Iterator[Table]:
+        scores = self._scores(metric)
+        spans = {alias: slice(*span) for alias, span in self._spans().items()}
+        aliases = list(spans)
+        for at, a in enumerate(aliases):
+            for b in aliases[0 if metric.directed else at :]:
+                found = [matrix[spans[a], spans[b]] for matrix in scores]
+                if metric.directed and a == b:  # the earlier state is given, whichever way the seam goes
+                    found = [matrix.triu() + matrix.triu(1).T for matrix in found]
+                yield Table(metric=metric.label, a=a, b=b, mean=_rows(found[0]), stderr=_rows(found[1]))
+
+
+def _inners(states: Sequence[Tensor]) -> Iterator[tuple[slice, Inner]]:
+    """Inner products of all boundaries, chunk by chunk of tokens."""
+    tokens, hidden = states[0].shape
+    step = max(1, CHUNK_BYTES // (8 * len(states) * max(hidden, len(states))))
+    room = torch.empty(min(step, tokens), len(states), hidden, dtype=torch.float64, device=states[0].device)
+    for start in range(0, tokens, step):
+        part = slice(start, min(start + step, tokens))
+        chunk = room[: part.stop - start]
+        for boundary, state in enumerate(states):
+            chunk[:, boundary] = state[part]
+        yield part, Inner(torch.bmm(chunk, chunk.transpose(1, 2)))
+
+
+def _rows(matrix: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in matrix.tolist())
