@@ -52,7 +52,7 @@ LEFT_OUT_FILES = (
     (("*.index.json",), "index of weights that are left out"),
     ((ADAPTER, "adapter_model.*"), "adapter of the uncut model"),
     (("training_args.bin", "optimizer.bin", "scheduler.bin", "*.pkl", "*.pickle"), PICKLE),
-    (("layercut.json",), "report of an earlier cut"),
+    (("layercut.json", "layercut.png"), "report of an earlier cut"),
     ((".git", ".gitattributes", ".ds_store"), SCAFFOLD),
 )
 """Names, in lower case, of files that do not go along."""

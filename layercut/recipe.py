@@ -19,6 +19,7 @@ from layercut.scalings import Parameters
 from layercut.selectors import Selectors
 from layercut.sizes import Size
 from layercut.stack import Record
+from layercut.upload import Upload, as_upload
 from layercut.yamltext import Key, YamlText
 
 
@@ -225,6 +226,8 @@ class Recipe(Record):
     """Folder to write, or a mapping with more settings."""
     evaluate: Evaluate | None = None
     """What is measured on the source and on the result after writing."""
+    upload: Annotated[Upload, BeforeValidator(as_upload, json_schema_input_type=str | Upload)] | None = None
+    """Repository on the Hub that the result is published in after writing, or a mapping with more settings."""
 
     _text: YamlText | None = PrivateAttr(default=None)
     _read: mergekit.Translation | None = PrivateAttr(default=None)

@@ -22,6 +22,8 @@ from layercut.stack import LayerRef, Record, runs
 
 FORMAT: Final = "layercut-report/1"
 REPORT = "layercut.json"
+HEATMAP = "layercut.png"
+"""The distances as a picture, beside a published report."""
 MAX_REPORT = 50_000_000
 
 # Keys that hold clocks and versions of this machine: the only ones in which two reports of equal plans differ.
@@ -60,6 +62,17 @@ class WrittenFile(Record):
     """sha256 of the whole file; null for weight files, whose bytes are copied or computed from those of the sources."""
 
 
+class Published(Record):
+    """Where the output was published."""
+
+    repo: str
+    revision: str
+    """The branch, or `refs/pr/N`."""
+    commit: str
+    url: str
+    """Address of the commit, or of the pull request."""
+
+
 class Report(Record):
     """What was done. Written into the output folder as layercut.json."""
 
@@ -94,6 +107,8 @@ class Report(Record):
     """Every file of the output but this one."""
     evaluation: dict[str, Any] | None = None
     """Results on held-out text, when the recipe asked for them."""
+    published: Published | None = None
+    """Where it was published last. What is published itself says nothing of it."""
     environment: dict[str, str]
     """Versions of Python, the platform, and the libraries that were loaded."""
     timings: dict[str, float | str]
@@ -113,6 +128,10 @@ class Report(Record):
     def with_evaluation(self, evaluation: Mapping[str, Any]) -> Report:
         """The same report with the results of an evaluation."""
         return self.model_copy(update={"evaluation": dict(evaluation)})
+
+    def with_published(self, published: Published) -> Report:
+        """The same report, published."""
+        return self.model_copy(update={"published": published})
 
     def to_json(self) -> str:
         """The report as the text of layercut.json."""
@@ -215,7 +234,7 @@ def _dropped(layers: Sequence[LayerRef], alias: str, depth: int) -> tuple[int, .
 def _environment() -> dict[str, str]:
     """Versions, of libraries only when something else has loaded them: asking must not load them."""
     found = {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
-    for name in ("layercut", "torch", "transformers"):
+    for name in ("layercut", "safetensors", "torch", "transformers"):
         version = getattr(sys.modules.get(name), "__version__", None)
         if version is not None:
             found[name] = str(version)

@@ -12,14 +12,13 @@ from layercut.checkpoint import CONFIG, INDEX, SCAFFOLD, Checkpoint, left_out_re
 from layercut.contents import DiffersError, NotCheckedError, check_contents
 from layercut.errors import LayercutError, printable
 from layercut.header import quoted
-from layercut.report import REPORT, Report, WrittenFile, file_digest, read_report
+from layercut.report import HEATMAP, REPORT, Report, WrittenFile, file_digest, read_report
 from layercut.stack import LayerRef, Record
+from layercut.stated import CARD
 
 if TYPE_CHECKING:
     import torch
 
-# The model card: it may be written, or rewritten, after the cut.
-CARD = "README.md"
 # Two ways to compute the same logits differ by rounding: 2**-8 is one step of bfloat16, taken a few times.
 ROUNDING = 0.02
 PROMPT = 12
@@ -100,7 +99,7 @@ def verify(folder: Path, *, load: bool = True, contents: bool = True, progress: 
 def _files(checkpoint: Checkpoint, expected: Mapping[str, WrittenFile]) -> str:
     """Every file of the report is there: weights by size and header, the others by size and content."""
     for name, file in expected.items():
-        if name == CARD:
+        if name == CARD:  # it may be written, or rewritten, after the cut
             continue
         if file.header_sha256 is not None:
             weights = checkpoint.files.get(name)
@@ -124,7 +123,7 @@ def _no_others(checkpoint: Checkpoint, expected: Mapping[str, WrittenFile]) -> s
     for parent, _, names in os.walk(checkpoint.folder):
         for name in names:
             relative = (Path(parent) / name).relative_to(checkpoint.folder).as_posix()
-            if relative not in expected and relative not in (REPORT, CARD) and left_out_reason(relative) != SCAFFOLD:
+            if relative not in expected and relative not in (REPORT, HEATMAP, CARD) and left_out_reason(relative) != SCAFFOLD:
                 others.append(relative)
     if others:
         more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
