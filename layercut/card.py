@@ -230,7 +230,7 @@ def _distances(report: Report, table: Table) -> Iterator[str]:
     yield f"![Distances between the states at all boundaries, the seams framed]({HEATMAP})"
     models = "" if table.a == table.b == report.donor else f" of {code(table.a)} (down) and {code(table.b)} (across)"
     yield (
-        f"{code(table.metric)} between the states at the boundaries{models}, from {low:.4g} (dark) to {high:.4g} (bright), on "
+        f"{code(table.metric)} between the states at the boundaries{models}, from {low:.4g} (bright) to {high:.4g} (dark), on "
         f"{measured.samples} samples with {measured.tokens} tokens. The frames mark the seams. All tables stand in `{REPORT}`."
     )
 

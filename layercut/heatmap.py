@@ -1,11 +1,13 @@
-"""A table of distances as a picture: a PNG in which the seams are framed. Written with zlib alone."""
+"""Distances as a picture: a map of all boundaries in which the seams are framed, or of all blocks with the best of each size marked."""
 
 from __future__ import annotations
 
-import struct
-import zlib
+import math
 from collections.abc import Iterable, Sequence
 
+from layercut.axes import spacing, ticks
+from layercut.blockscores import Triangle, least
+from layercut.canvas import HEIGHT, INK, LETTER, PAPER, Canvas, Colour, Point
 from layercut.plan import Seam, Table
 
 MAX_BOUNDARIES = 2000
@@ -16,66 +18,23 @@ LARGEST = 24
 """Pixels of the side of a cell at most."""
 MARGIN = 40
 """Pixels on every side of the field, for the numbers of the boundaries."""
-APART = 30
+APART = 36
 """Pixels between two numbers at least."""
 
-# Points of the colour map viridis (matplotlib, CC0), from near to far; between them colours are mixed.
+# Points of the colour map viridis (matplotlib, CC0), from dark to bright; between them colours are mixed.
 VIRIDIS = (
-    (68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140), (40, 174, 128), (94, 201, 98), (173, 220, 48),
-    (253, 231, 37),
+    Colour(68, 1, 84), Colour(71, 45, 123), Colour(59, 82, 139), Colour(44, 114, 142), Colour(33, 145, 140), Colour(40, 174, 128),
+    Colour(94, 201, 98), Colour(173, 220, 48), Colour(253, 231, 37),
 )  # fmt: skip
-SHADES = 200
-PAPER, INK, FRAME, EDGE = SHADES, SHADES + 1, SHADES + 2, SHADES + 3
-COLOURS = ((255, 255, 255), (60, 60, 60), (255, 40, 40), (255, 255, 255))
+FRAME = Colour(255, 40, 40)
 
-# Digits of three by five pixels, a row to each group of bits.
-DIGITS = {
-    "0": "111101101101111", "1": "010110010010111", "2": "111001111100111", "3": "111001111001111", "4": "101101111001001",
-    "5": "111100111001111", "6": "111100111101111", "7": "111001001001001", "8": "111101111101111", "9": "111101111001111",
-}  # fmt: skip
-DOT = 2
-"""Pixels of a dot of a digit."""
-
-
-class _Canvas:
-    """Pixels as indices into the palette."""
-
-    def __init__(self, width: int, height: int) -> None:
-        self.width, self.height = width, height
-        self.rows = [bytearray([PAPER]) * width for _ in range(height)]
-
-    def fill(self, left: int, top: int, width: int, height: int, colour: int) -> None:
-        """A rectangle; what lies outside the picture is not drawn."""
-        start, stop = max(0, left), min(self.width, left + width)
-        for row in range(max(0, top), min(self.height, top + height)):
-            if stop > start:
-                self.rows[row][start:stop] = bytes([colour]) * (stop - start)
-
-    def frame(self, left: int, top: int, side: int, thick: int, colour: int) -> None:
-        """The frame around a square, outside of it."""
-        outer = side + 2 * thick
-        for shift in (-thick, side):
-            self.fill(left - thick, top + shift, outer, thick, colour)
-            self.fill(left + shift, top - thick, thick, outer, colour)
-
-    def number(self, value: int, left: int, top: int) -> None:
-        """A number, its upper left corner given."""
-        for place, digit in enumerate(str(value)):
-            for at, bit in enumerate(DIGITS[digit]):
-                if bit == "1":
-                    self.fill(left + DOT * (4 * place + at % 3), top + DOT * (at // 3), DOT, DOT, INK)
-
-    def png(self) -> bytes:
-        """The picture as the bytes of a PNG file (RFC 2083), eight bits of palette a pixel."""
-        palette = b"".join(bytes(colour) for colour in (*_shades(), *COLOURS))
-        pixels = zlib.compress(b"".join(b"\0" + row for row in self.rows), 9)
-        head = struct.pack(">IIBBBBB", self.width, self.height, 8, 3, 0, 0, 0)
-        parts = ((b"IHDR", head), (b"PLTE", palette), (b"IDAT", pixels), (b"IEND", b""))
-        return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in parts)
+# The map of blocks: room around its field, for labels, and the least size of that field.
+LEFT, TOP, RIGHT, BOTTOM = 96, 72, 132, 72
+NARROW = 300
 
 
 def draw(table: Table, seams: Iterable[Seam]) -> bytes | None:
-    """The table as a PNG: boundary i of `a` downwards, boundary j of `b` to the right, near dark and far bright.
+    """The table as a PNG: boundary i of `a` downwards, boundary j of `b` to the right, near bright and far dark.
 
     A frame stands around the cell of every seam between the two models. None for a table that is empty or too large to draw.
     """
@@ -83,23 +42,96 @@ def draw(table: Table, seams: Iterable[Seam]) -> bytes | None:
     if not 0 < max(height, width) <= MAX_BOUNDARIES or width == 0:
         return None
     cell = max(1, min(LARGEST, SIDE // max(height, width)))
-    canvas = _Canvas(2 * MARGIN + cell * width, 2 * MARGIN + cell * height)
+    canvas = Canvas(2 * MARGIN + cell * width, 2 * MARGIN + cell * height)
     low, high = bounds(table)
     for i, line in enumerate(table.mean):
         for j, value in enumerate(line):
-            canvas.fill(MARGIN + cell * j, MARGIN + cell * i, cell, cell, _shade(value, low, high))
-    step = next(step for scale in (1, 10, 100, 1000) for step in (scale, 2 * scale, 5 * scale) if step * cell >= APART)
-    for at in range(0, max(height, width), step):
-        middle = MARGIN + cell * at + (cell - 5 * DOT) // 2
+            canvas.fill(MARGIN + cell * j, MARGIN + cell * i, cell, cell, shade(1 - share(value, low, high)))
+    for at in range(0, max(height, width), spacing(cell, APART)):
         if at < height:
-            canvas.number(at, MARGIN - 6 - DOT * (4 * len(str(at)) - 1), middle)
+            canvas.text(str(at), MARGIN - 6 - LETTER * len(str(at)), MARGIN + cell * at + (cell - HEIGHT) // 2)
         if at < width:
-            canvas.number(at, MARGIN + cell * at + (cell - DOT * (4 * len(str(at)) - 1)) // 2, MARGIN - 6 - 5 * DOT)
+            canvas.text(str(at), MARGIN + cell * at + (cell - LETTER * len(str(at))) // 2, MARGIN - 4 - HEIGHT)
     for i, j in cells(table, seams):
         if i < height and j < width:
-            canvas.frame(MARGIN + cell * j, MARGIN + cell * i, cell, 4, EDGE)
-            canvas.frame(MARGIN + cell * j, MARGIN + cell * i, cell, 3, FRAME)
+            canvas.frame(MARGIN + cell * j, MARGIN + cell * i, cell, cell, 4, PAPER)
+            canvas.frame(MARGIN + cell * j, MARGIN + cell * i, cell, cell, 3, FRAME)
     return canvas.png()
+
+
+def draw_blocks(distances: Triangle, title: str, subtitle: str = "") -> bytes | None:
+    """Distances of blocks as a PNG in the style of the figures of arXiv 2403.17887: block size n over layer l, near bright and far dark.
+
+    A dot marks the block of least distance of each size. None for a model that is too large or too shallow to draw.
+    """
+    sizes = len(distances)
+    if not 1 <= sizes < MAX_BOUNDARIES:
+        return None
+    depth = sizes + 1
+    cell = max(1, min(2 * LARGEST, SIDE // depth))
+    wide = max(NARROW, cell * depth)
+    canvas = Canvas(LEFT + wide + RIGHT, TOP + cell * sizes + BOTTOM)
+    low, high = min(map(min, distances)), max(map(max, distances))
+    for size, row in enumerate(distances, 1):
+        top = TOP + cell * (sizes - size)
+        for start, value in enumerate(row):
+            gap = int(cell >= 8)
+            canvas.fill(LEFT + cell * start, top, cell - gap, cell - gap, shade(1 - share(value, low, high)))
+        _dot(canvas, Point(LEFT + cell * least(row) + (cell - int(cell >= 8)) / 2, top + (cell - int(cell >= 8)) / 2), cell)
+    _label_blocks(canvas, depth, cell, (title, subtitle))
+    _colour_bar(canvas, LEFT + wide + 24, cell * sizes, low, high)
+    return canvas.png()
+
+
+def _dot(canvas: Canvas, middle: Point, cell: int) -> None:
+    """The mark of the nearest block, with a white edge where there is room for one."""
+    wide = min(14.0, max(4.0, cell * 0.55))
+    if cell >= 12:
+        canvas.line([middle], wide, PAPER)
+    canvas.line([middle], wide - 2 if cell >= 12 else wide, FRAME)
+
+
+def _label_blocks(canvas: Canvas, depth: int, cell: int, titles: Sequence[str]) -> None:
+    """Titles, axes and their numbers."""
+    floor = TOP + cell * (depth - 1)
+    for line, text in enumerate(titles):
+        canvas.text(clipped(text, (canvas.width - LEFT) // LETTER), LEFT, 12 + 24 * line)
+    for layer in range(0, depth, spacing(cell, APART)):
+        canvas.fill(LEFT + cell * layer + cell // 2, floor + 1, 1, 5, INK)
+        canvas.text(str(layer), LEFT + cell * layer + (cell - LETTER * len(str(layer))) // 2, floor + 8)
+    step = spacing(cell, APART)
+    for size in (1, *range(step, depth, step)) if step > 1 else range(1, depth):
+        if size == 1 or (size - 1) * cell >= HEIGHT:
+            middle = floor - cell * size + cell // 2
+            canvas.fill(LEFT - 7, middle, 5, 1, INK)
+            canvas.text(str(size), LEFT - 10 - LETTER * len(str(size)), middle - HEIGHT // 2)
+    across, upwards = "Layer l", "Block size n"
+    canvas.text(across, LEFT + (cell * depth - LETTER * len(across)) // 2, floor + 36)
+    canvas.text_upwards(upwards, 12, max(TOP + LETTER * len(upwards), (TOP + floor + LETTER * len(upwards)) // 2))
+    note = "nearest of each size"
+    if cell * depth >= 500:  # it stands in the corner where no block is
+        left = LEFT + cell * depth - LETTER * len(note)
+        canvas.line([Point(left - 14, TOP + 10)], 12, FRAME)
+        canvas.text(note, left, TOP)
+
+
+def _colour_bar(canvas: Canvas, left: int, height: int, low: float, high: float) -> None:
+    """What the colours say: a bar from `low` at its bottom, bright, to `high`."""
+    for row in range(height):
+        canvas.fill(left, TOP + row, 18, 1, shade(row / max(1, height - 1)))
+    for value, label in ticks(low, high, max(2, height // 60)):
+        at = TOP + height - 1 - round(share(value, low, high) * (height - 1))
+        canvas.fill(left + 18, at, 5, 1, INK)
+        canvas.text(label, left + 27, min(max(at - HEIGHT // 2, TOP - 4), TOP + height - HEIGHT + 4))
+
+
+def clipped(text: str, longest: int) -> str:
+    """The text in one line of at most so many letters, without its middle if need be: names end in what tells them apart."""
+    line = " ".join(text.split())
+    if len(line) <= longest:
+        return line
+    keep = max(0, longest - 3)
+    return f"{line[: keep // 2]}...{line[len(line) - (keep - keep // 2) :]}"
 
 
 def bounds(table: Table) -> tuple[float, float]:
@@ -119,24 +151,16 @@ def cells(table: Table, seams: Iterable[Seam]) -> list[tuple[int, int]]:
     return found
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def shade(place: float) -> Colour:
+    """The colour at a place of the colour map, from 0 (dark) to 1 (bright)."""
+    step = place * (len(VIRIDIS) - 1)
+    below = min(int(step), len(VIRIDIS) - 2)
+    return VIRIDIS[below + 1].over(VIRIDIS[below], step - below)
 
 
-def _shades() -> Sequence[tuple[int, int, int]]:
-    found = []
-    for shade in range(SHADES):
-        place, part = divmod(shade * (len(VIRIDIS) - 1), SHADES - 1)
-        below, above = VIRIDIS[place], VIRIDIS[min(place + 1, len(VIRIDIS) - 1)]
-        mixed = [round(low + (high - low) * part / (SHADES - 1)) for low, high in zip(below, above, strict=True)]
-        found.append((mixed[0], mixed[1], mixed[2]))
-    return found
-
-
-def _shade(value: float, low: float, high: float) -> int:
-    """Finite bounds may lie further apart than any float: then the middle is as good as any shade."""
+def share(value: float, low: float, high: float) -> float:
+    """Where a value stands between two bounds, 0 to 1. Finite ones may lie further apart than any float: then the middle is as good."""
     span = high - low
-    if span == 0:
-        return 0
-    part = (value - low) / span
-    return round(part * (SHADES - 1)) if 0 <= part <= 1 else SHADES // 2
+    if span == math.inf:
+        return 0.5
+    return (value - low) / span if span else 0.0

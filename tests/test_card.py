@@ -123,7 +123,7 @@ def test_measured_distances(made: Made) -> None:
     assert "| 2 | h_2 | h_4 | 0.2000 ± 0.0100 |" in card.text
     assert "![Distances between the states at all boundaries, the seams framed](layercut.png)" in card.text
     assert (
-        "`angular[last]` between the states at the boundaries, from 0 (dark) to 0.6 (bright), on 4 samples with 1024 tokens." in card.text
+        "`angular[last]` between the states at the boundaries, from 0 (bright) to 0.6 (dark), on 4 samples with 1024 tokens." in card.text
     )
 
 

@@ -1,45 +1,33 @@
 from __future__ import annotations
 
-import struct
-import zlib
-from typing import NamedTuple
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_canvas import read, where
 
-from layercut.heatmap import COLOURS, LARGEST, MARGIN, MAX_BOUNDARIES, VIRIDIS, bounds, cells, draw
+from layercut.blockscores import normalised, triangle
+from layercut.canvas import INK, PAPER
+from layercut.heatmap import (
+    BOTTOM,
+    FRAME,
+    LARGEST,
+    LEFT,
+    MARGIN,
+    MAX_BOUNDARIES,
+    RIGHT,
+    TOP,
+    VIRIDIS,
+    bounds,
+    cells,
+    clipped,
+    draw,
+    draw_blocks,
+    shade,
+    share,
+)  # fmt: skip
 from layercut.plan import Seam, Table
 
-NEAR, FAR, RED, WHITE = VIRIDIS[0], VIRIDIS[-1], (255, 40, 40), (255, 255, 255)
-
-
-class Picture(NamedTuple):
-    width: int
-    height: int
-    pixels: list[list[tuple[int, int, int]]]
-
-
-def read(png: bytes | None) -> Picture:
-    """The pixels of a PNG, every part and checksum of it looked at."""
-    assert png is not None and png[:8] == b"\x89PNG\r\n\x1a\n"
-    parts, at = [], 8
-    while at < len(png):
-        (length,) = struct.unpack_from(">I", png, at)
-        kind, data = png[at + 4 : at + 8], png[at + 8 : at + 8 + length]
-        assert struct.unpack_from(">I", png, at + 8 + length) == (zlib.crc32(kind + data),)
-        parts.append((kind, data))
-        at += 12 + length
-    assert [kind for kind, _ in parts] == [b"IHDR", b"PLTE", b"IDAT", b"IEND"] and at == len(png)
-    width, height, *rest = struct.unpack(">IIBBBBB", parts[0][1])
-    assert rest == [8, 3, 0, 0, 0]
-    palette = parts[1][1]
-    colours = [(palette[i], palette[i + 1], palette[i + 2]) for i in range(0, len(palette), 3)]
-    data = zlib.decompress(parts[2][1])
-    assert len(data) == height * (1 + width)
-    rows = [data[row * (1 + width) : (row + 1) * (1 + width)] for row in range(height)]
-    assert {row[0] for row in rows} == {0}
-    return Picture(width, height, [[colours[pixel] for pixel in row[1:]] for row in rows])
+NEAR, FAR, RED, WHITE = VIRIDIS[-1], VIRIDIS[0], FRAME, PAPER
 
 
 def table(mean: list[list[float]], a: str = "m", b: str = "m") -> Table:
@@ -87,12 +75,10 @@ def test_a_seam_outside_of_the_table_is_not_drawn() -> None:
 
 
 def test_numbers_are_drawn() -> None:
-    """An 8 differs from a 0 by the dots of its bar."""
-    ink = COLOURS[1]
     picture = read(draw(table([[0.0] * 40] * 40), []))
     above = [row[MARGIN:] for row in picture.pixels[:MARGIN]]
-    assert sum(pixel == ink for row in above for pixel in row) > 100
-    assert all(pixel != ink for row in picture.pixels[MARGIN:] for pixel in row[MARGIN:])
+    assert sum(pixel == INK for row in above for pixel in row) > 100
+    assert all(pixel != INK for row in picture.pixels[MARGIN:] for pixel in row[MARGIN:])
 
 
 @pytest.mark.parametrize("mean", [[], [[]], [[], []], [[0.0] * (MAX_BOUNDARIES + 1)]])
@@ -120,3 +106,68 @@ def test_any_finite_table_can_be_drawn(mean: list[list[float]], start: int, stop
     low, high = bounds(table(mean))
     assert low <= high
     assert read(draw(table(mean), [seam(start, stop)])).height == 2 * MARGIN + LARGEST * len(mean)
+
+
+# Blocks
+
+
+def distances(depth: int) -> list[list[float]]:
+    """Row n - 1: blocks of n layers; the middle is nearest."""
+    return [[size + abs(start + size / 2 - depth / 2) for start in range(depth - size + 1)] for size in range(1, depth)]
+
+
+def at(start: int, size: int, depth: int, cell: int) -> tuple[int, int]:
+    """A pixel of the cell of a block, away from the dot in its middle."""
+    return TOP + cell * (depth - 1 - size) + 2, LEFT + cell * start + 2
+
+
+def test_block_sizes_go_upwards_and_layers_to_the_right() -> None:
+    rows = [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.0], [0.5, 1.0]]
+    picture = read(draw_blocks(rows, "model"))
+    cell = 2 * LARGEST
+    assert picture.width == LEFT + max(300, 4 * cell) + RIGHT and picture.height == TOP + 3 * cell + BOTTOM
+    y, x = at(2, 2, 4, cell)
+    assert picture.pixels[y][x] == NEAR
+    y, x = at(1, 3, 4, cell)
+    assert picture.pixels[y][x] == FAR
+    y, x = at(2, 3, 4, cell)
+    assert picture.pixels[y][x] == WHITE, "three layers cannot start at layer 2 of 4"
+
+
+def test_a_dot_marks_the_nearest_block_of_each_size() -> None:
+    picture = read(draw_blocks([[3, 1, 2, 1], [5, 4, 3], [7, 8]], "model"))
+    cell = 2 * LARGEST
+    marked = [
+        (size, start)
+        for size in (1, 2, 3)
+        for start in range(4 - size + 1)
+        if picture.pixels[TOP + cell * (3 - size) + cell // 2][LEFT + cell * start + cell // 2] == FRAME
+    ]
+    assert marked == [(1, 1), (2, 2), (3, 0)]
+
+
+@pytest.mark.parametrize("depth", [2, 3, 30, 200, 700])
+def test_models_of_every_depth_can_be_drawn(depth: int) -> None:
+    picture = read(draw_blocks(distances(depth), "model", "metric"))
+    assert picture.height == TOP + max(1, min(2 * LARGEST, 600 // depth)) * (depth - 1) + BOTTOM
+    assert len(where(picture, FRAME)) >= depth - 1
+
+
+def test_no_picture_of_one_layer_and_of_too_many() -> None:
+    assert draw_blocks([], "model") is None
+    assert draw_blocks([[0.0]] * MAX_BOUNDARIES, "model") is None
+
+
+def test_equal_distances_can_be_drawn() -> None:
+    assert read(draw_blocks(normalised(triangle([[0.0] * 5] * 5)), "model")).pixels[TOP + 3][LEFT + 3] == NEAR
+
+
+def test_titles_of_others_do_no_harm() -> None:
+    assert draw_blocks(distances(3), "\x1b[31m\n" + "x" * 9000, "\u4e2d") is not None
+    assert clipped("a\n  b", 9) == "a b"
+    assert clipped("0123456789", 7) == "01...89" and clipped("0123456789", 10) == "0123456789"
+
+
+def test_the_colour_map_ends_where_it_should() -> None:
+    assert (shade(0), shade(0.5), shade(1)) == (VIRIDIS[0], VIRIDIS[4], VIRIDIS[-1])
+    assert (share(3, 1, 5), share(2, 2, 2), share(0, -1.7e308, 1.7e308)) == (0.5, 0.0, 0.5)

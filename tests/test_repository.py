@@ -31,16 +31,16 @@ HEAVY = ("accelerate", "datasets", "numpy", "pandas", "pyarrow", "torch", "trans
 
 # The order of the modules: each imports only from lines above its own.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("chattemplates", "errors", "exceptions", "jsontext", "record", "sharing", "sizes", "version"),
+    ("axes", "canvas", "chattemplates", "errors", "exceptions", "jsontext", "record", "sharing", "sizes", "version"),
     ("smallfile",),
     ("calibration", "conversions", "copying", "header", "stack", "tokens", "yamltext"),
     ("metric",),
     ("tokenwise",),
     ("metrics",),
     ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "stated", "strategies"),
-    ("architecture", "gguf", "heatmap", "mergekit", "operations", "pickled", "seams", "shards", "upload"),
-    ("boundaries", "ends", "gallery", "quantization", "recipe", "source"),
-    ("surgery",),
+    ("architecture", "blockscores", "gguf", "mergekit", "operations", "pickled", "seams", "shards", "upload"),
+    ("boundaries", "ends", "gallery", "heatmap", "quantization", "recipe", "source"),
+    ("lineplot", "surgery"),
     ("compatibility", "layout", "start"),
     ("choices",),
     ("planner",),
