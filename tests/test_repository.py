@@ -35,19 +35,21 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("smallfile",),
     ("calibration", "conversions", "copying", "header", "stack", "tokens", "yamltext"),
     ("metric",),
-    ("tokenwise",),
+    ("samplewise", "tokenwise"),
     ("metrics",),
     ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "stated", "strategies"),
-    ("architecture", "blockscores", "gguf", "mergekit", "operations", "pickled", "seams", "shards", "upload"),
+    ("architecture", "blockscores", "gguf", "memory", "mergekit", "operations", "pickled", "seams", "shards", "spill", "upload", "weights"),
     ("boundaries", "ends", "gallery", "heatmap", "quantization", "recipe", "source"),
     ("lineplot", "surgery"),
     ("compatibility", "layout", "start"),
     ("choices",),
     ("planner",),
     ("loading",),
-    ("encoding", "perplexity", "runner", "sums"),
-    ("accumulators",),
+    ("draw", "encoding", "perplexity", "runner", "skeleton", "sums"),
+    ("accumulators", "arguments"),
     ("resident",),
+    ("streaming",),
+    ("schedules",),
     ("engine",),
     ("arithmetic", "report", "staging"),
     ("disclosure", "display", "journal"),
@@ -59,7 +61,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("__init__", "__main__"),
 )
 # Modules that import torch when they are imported; the others reach for them inside functions.
-MEASURING = ("accumulators", "encoding", "engine", "loading", "perplexity", "resident", "runner", "sums")
+MEASURING = (
+    "accumulators", "arguments", "draw", "encoding", "engine", "loading", "perplexity", "resident", "runner", "schedules", "skeleton",
+    "spill", "streaming", "sums", "weights",
+)  # fmt: skip
 # Tests of the whole, which have no module of their own.
 OF_THE_WHOLE = (
     "bad_files",
@@ -70,6 +75,7 @@ OF_THE_WHOLE = (
     "frankenmerge",
     "fuzz",
     "hostile",
+    "hub",
     "kill",
     "mtp",
     "repository",
