@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from layercut.draw import Draw
 from layercut.errors import CalibrationError, CheckpointError, RefusedError
-from layercut.metric import Inner, Metric, Scores, TokenMetric
+from layercut.metric import Inner, Metric, SampleMetric, Scores, TokenMetric
 from layercut.plan import Table
 from layercut.sums import Sums
 from layercut.tokens import Sample, Token, positions
+
+Kind = TypeVar("Kind", bound=Metric)
 
 CHUNK_BYTES = 8 << 20
 """Bytes that the float64 states of a chunk of tokens take at most: what a cache holds is not read twice from memory."""
@@ -46,14 +49,20 @@ class Schedule(Protocol):
 class Accumulators:
     """The sums of every metric. Boundaries of all models stand one after another: B in all, L + 1 of a model of L layers."""
 
-    def __init__(self, models: Sequence[Model], metrics: Sequence[Metric]) -> None:
+    def __init__(self, models: Sequence[Model], metrics: Sequence[Metric], seed: int = 0) -> None:
         self._models = tuple(models)
         self._metrics = tuple({metric.label: metric for metric in metrics}.values())
-        self._sums = {metric.label: Sums() for metric in self._metrics}
+        self._device = torch.device("cpu")
+        self._tokenwise = _by_token(metric for metric in self._metrics if isinstance(metric, TokenMetric))
+        self._samplewise = _by_token(metric for metric in self._metrics if isinstance(metric, SampleMetric))
+        self._sums = {metric.label: Sums() for metrics in self._tokenwise.values() for metric in metrics}
+        self._draws = {token: Draw(max(metric.draw for metric in found), seed) for token, found in self._samplewise.items()}
 
     def choose(self, batch: Sequence[Sample]) -> Tensor:
         """The tokens whose states `add` wants: bool, (samples, width of the longest), on the CPU; never a pad. Once a batch."""
-        return torch.stack([self._picked(metric.token, metric.label, batch) for metric in self._metrics]).any(0)
+        rows = [self._picked(token, metrics[0].label, batch) for token, metrics in self._tokenwise.items()]
+        rows += [self._draws[token].choose(batch, self._picked(token, found[0].label, batch)) for token, found in self._samplewise.items()]
+        return torch.stack(rows).any(0)
 
     def add(self, batch: Sequence[Sample], rows: Tensor, states: Sequence[Tensor]) -> None:
         """Take in the states of a batch: for each of the B boundaries (tokens, d), tokens in the order of `rows.nonzero()`.
@@ -66,42 +75,49 @@ class Accumulators:
         self._check_sizes(states)
         if states[0].device.type == "mps":  # it has no float64
             states = [state.cpu() for state in states]
-        device = states[0].device
-        owner = rows.nonzero()[:, 0].to(device)
-        for token, metrics in self._by_token():
+        self._device = states[0].device
+        owner = rows.nonzero()[:, 0].to(self._device)
+        for token, metrics in self._tokenwise.items():
             picked = self._picked(token, metrics[0].label, batch)
-            own = picked[rows].to(device)
-            whole = bool(own.all())
-            kept = states if whole else [state[own] for state in states]
-            totals = torch.zeros(len(metrics), len(batch), len(states), len(states), dtype=torch.float64, device=device)
-            for part, inner in _inners(kept):
-                for total, metric in zip(totals, metrics, strict=True):
-                    total.index_add_(0, (owner if whole else owner[own])[part], metric.distances(inner))
+            own = picked[rows].to(self._device)
+            self._sum(batch, metrics, states if own.all() else [state[own] for state in states], owner[own], picked.sum(1))
+        for token, found in self._samplewise.items():
+            draw = self._draws[token]
+            taken = draw.still(batch, rows & self._picked(token, found[0].label, batch))
+            own = taken[rows].to(self._device)
+            kept = [state[own] for state in states]
+            if not all(state.isfinite().all() for state in kept):
+                self._blame(batch, found[0], kept, owner[own])
+            draw.add(batch, taken, kept)
+
+    def _sum(
+        self, batch: Sequence[Sample], metrics: Sequence[TokenMetric], states: Sequence[Tensor], owner: Tensor, counts: Tensor
+    ) -> None:
+        """Add the distances of these tokens, of the samples `owner`, to the sums of metrics that are averaged over them."""
+        totals = torch.zeros(len(metrics), len(batch), len(states), len(states), dtype=torch.float64, device=self._device)
+        for part, inner in _inners(states):
             for total, metric in zip(totals, metrics, strict=True):
-                if not total.isfinite().all():
-                    self._blame(batch, metric, kept, owner[own])
-                self._sums[metric.label].add(total, picked.sum(1).to(device, torch.float64))
+                total.index_add_(0, owner[part], metric.distances(inner))
+        for total, metric in zip(totals, metrics, strict=True):
+            if not total.isfinite().all():
+                self._blame(batch, metric, states, owner)
+            self._sums[metric.label].add(total, counts.to(self._device, torch.float64))
 
     def state(self) -> dict[str, Tensor]:
-        """All that was gathered: tensors on the CPU, by keys that are the same in every process."""
-        return {f"{label}/{key}": value for label, sums in self._sums.items() for key, value in sums.state().items()}
+        """All that was gathered: tensors on the CPU, by keys that are the same in every process that saw tokens."""
+        return {f"{name}/{key}": value for name, part in self._parts().items() for key, value in part.state().items()}
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Take in what another process gathered, given by its `state`."""
-        for label, sums in self._sums.items():
-            sums.merge({key.removeprefix(f"{label}/"): value for key, value in state.items() if key.startswith(f"{label}/")})
+        for name, part in self._parts().items():
+            part.merge({key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")})
 
     def tables(self) -> tuple[Table, ...]:
-        """The distances of every metric between every two models. Raises CalibrationError when no token counted."""
+        """The distances of every metric between every two models. Raises CalibrationError when too few tokens counted."""
         return tuple(table for metric in self._metrics for table in self._tables(metric))
 
-    def _by_token(self) -> Iterator[tuple[Token, list[TokenMetric]]]:
-        """Metrics of single tokens, together when they are averaged over the same ones."""
-        found: dict[Token, list[TokenMetric]] = {}
-        for metric in self._metrics:
-            if isinstance(metric, TokenMetric):
-                found.setdefault(metric.token, []).append(metric)
-        yield from found.items()
+    def _parts(self) -> dict[str, Sums | Draw]:
+        return {**self._sums, **{f"drawn from {token}": draw for token, draw in self._draws.items()}}
 
     def _picked(self, token: Token, label: str, batch: Sequence[Sample]) -> Tensor:
         """The tokens that a metric is averaged over: bool, (samples, width)."""
@@ -138,9 +154,26 @@ class Accumulators:
         raise CheckpointError(f"{place} model '{model.alias}' is not finite on sample {number} (metric {metric.label})", hint=hint)
 
     def _scores(self, metric: Metric) -> Scores:
+        if isinstance(metric, SampleMetric):
+            states, owners = self._draws[metric.token].drawn(metric.draw, self._device)
+            samples = len(set(owners.tolist()))
+            if len(owners) < metric.least_tokens or samples < metric.least_samples:
+                needs = f"{metric.least_tokens} tokens of {metric.least_samples} sample{'s' if metric.least_samples > 1 else ''} or more"
+                raise CalibrationError(f"metric {metric.label} needs {needs}, but found {len(owners)} of {samples}", hint="use more text")
+            return metric.compare(states, owners, self._wanted(metric))
         if not self._sums[metric.label].samples:
             raise CalibrationError(f"no sample has a token that metric {metric.label} counts", hint="use longer texts or another token")
         return self._sums[metric.label].scores()
+
+    def _wanted(self, metric: Metric) -> Tensor:
+        """Pairs of boundaries that a table has and that are no mirror of another: bool, (B, B)."""
+        spans = [slice(*span) for span in self._spans().values()]
+        wanted = torch.zeros(spans[-1].stop, spans[-1].stop, dtype=torch.bool)
+        for at, a in enumerate(spans):
+            for b in spans[0 if metric.directed else at :]:
+                wanted[a, b] = True
+            wanted[a, a] = wanted[a, a].triu(1)
+        return wanted.to(self._device)
 
     def _tables(self, metric: Metric) -> Iterator[Table]:
         scores = self._scores(metric)
@@ -149,9 +182,17 @@ class Accumulators:
         for at, a in enumerate(aliases):
             for b in aliases[0 if metric.directed else at :]:
                 found = [matrix[spans[a], spans[b]] for matrix in scores]
-                if metric.directed and a == b:  # the earlier state is given, whichever way the seam goes
+                if a == b:  # the earlier state is given, whichever way the seam goes
                     found = [matrix.triu() + matrix.triu(1).T for matrix in found]
                 yield Table(metric=metric.label, a=a, b=b, mean=_rows(found[0]), stderr=_rows(found[1]))
+
+
+def _by_token(metrics: Iterable[Kind]) -> dict[Token, list[Kind]]:
+    """Metrics together that are taken over the same tokens."""
+    found: dict[Token, list[Kind]] = {}
+    for metric in metrics:
+        found.setdefault(metric.token, []).append(metric)
+    return found
 
 
 def _inners(states: Sequence[Tensor]) -> Iterator[tuple[slice, Inner]]:

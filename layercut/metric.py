@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
+from pydantic import Field
+
 from layercut.record import Record
 from layercut.tokens import Token
 
@@ -90,16 +92,21 @@ class Scores(NamedTuple):
 
 
 class SampleMetric(Metric):
-    """A metric of many tokens together: it compares two clouds of states."""
+    """A metric of many tokens together: it compares two clouds of states. The tokens are drawn from all, by a seed."""
 
+    token: Token = "skip-first-1"
+    draw: int = Field(default=1024, ge=16, le=16384, strict=True)
+    """Tokens that are drawn for it from all that count, at most. The work grows with its square, in part with its third power."""
+
+    sizes_may_differ: ClassVar[bool] = True
     least_samples: ClassVar[int] = 1
     """Samples that the tokens must come from at least."""
-
-    @property
-    @abstractmethod
-    def size(self) -> int:
-        """Tokens that are drawn for it, at most."""
+    least_tokens: ClassVar[int] = 4
+    """Tokens that must be there at least."""
 
     @abstractmethod
-    def compare(self, states: Sequence[Tensor], owners: Tensor) -> Scores:
-        """All pairs of B boundaries: `states` are (n, d) float64 each, `owners` (n,) the sample of each token, ascending."""
+    def compare(self, states: Sequence[Tensor], owners: Tensor, wanted: Tensor) -> Scores:
+        """Scores of the pairs (i, j) of B boundaries that `wanted` (B, B; bool) names, and 0 for all others.
+
+        `states` are (n, d) each, d may differ between models; `owners` (n,) is the number of each token's sample, ascending.
+        """

@@ -14,9 +14,23 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from layercut.errors import did_you_mean
 from layercut.metric import Metric, SampleMetric, TokenMetric
+from layercut.samplewise import CKA, Linear, Procrustes
 from layercut.tokenwise import Angular, Cosine, Euclidean, RelativeMagnitude
 
-__all__ = ["METRICS", "Angular", "Cosine", "Euclidean", "Metric", "MetricSpec", "RelativeMagnitude", "SampleMetric", "TokenMetric"]
+__all__ = [
+    "CKA",
+    "METRICS",
+    "Angular",
+    "Cosine",
+    "Euclidean",
+    "Linear",
+    "Metric",
+    "MetricSpec",
+    "Procrustes",
+    "RelativeMagnitude",
+    "SampleMetric",
+    "TokenMetric",
+]
 
 METRICS: Mapping[str, type[Metric]] = {
     metric.model_fields["name"].default: metric for kind in (TokenMetric, SampleMetric) for metric in kind.__subclasses__()

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from layercut.metric import TokenMetric
-from layercut.metrics import METRICS, Angular, Cosine, Euclidean, MetricSpec, RelativeMagnitude
+from layercut.metrics import CKA, METRICS, Angular, Cosine, Euclidean, Linear, MetricSpec, Procrustes, RelativeMagnitude
 
 
 class Recipe(BaseModel):
@@ -25,15 +25,18 @@ def error(value: Any) -> str:
     return str(caught.value.errors()[0]["msg"])
 
 
-NAMES = ["angular", "cosine", "relative_magnitude", "euclidean"]
+NAMES = ["angular", "cosine", "relative_magnitude", "euclidean", "linear", "procrustes", "cka"]
 KNOWN = ", ".join(NAMES)
 
 
 def test_labels_and_default_tokens() -> None:
     labels = ["angular[last]", "cosine[all]", "relative_magnitude[all]", "euclidean[all]"]
+    labels += ["linear[skip-first-1]", "procrustes[skip-first-1]", "cka[skip-first-1]"]
     assert [metric().label for metric in METRICS.values()] == labels  # type: ignore[call-arg]
     assert Angular(token=-3).label == "angular[-3]"
     assert Euclidean(normalised=True, token="skip-first-4").label == "euclidean[skip-first-4, normalised]"
+    assert Linear(token="all", draw=64, ridge=1).label == "linear[all, draw=64, ridge=1.0]"
+    assert Procrustes(draw=256).label == "procrustes[skip-first-1]"
     assert list(METRICS) == NAMES
 
 
@@ -91,6 +94,15 @@ def test_json_schema_lists_every_metric() -> None:
     assert schema["properties"]["metrics"]["items"]["anyOf"][0] == {"type": "string", "enum": NAMES}
     assert schema["$defs"]["Angular"]["properties"]["token"]["description"].startswith("Tokens that count")
     assert schema["$defs"]["Cosine"]["properties"]["token"]["default"] == "all"
+
+
+def test_options_of_metrics_of_many_tokens() -> None:
+    metrics = [{"name": "cka", "draw": 64}, {"name": "linear", "ridge": 0.01}, "procrustes"]
+    assert Recipe.model_validate({"metrics": metrics}).metrics == (CKA(draw=64), Linear(ridge=0.01), Procrustes())
+    assert error({"name": "cka", "draw": 8}) == "Input should be greater than or equal to 16"
+    assert error({"name": "cka", "draw": 1 << 20}) == "Input should be less than or equal to 16384"
+    assert error({"name": "linear", "ridge": 0}) == "Input should be greater than or equal to 0.000001"
+    assert error({"name": "cka", "ridge": 1}) == "Extra inputs are not permitted"
 
 
 def test_imports_no_heavy_library() -> None:

@@ -31,15 +31,15 @@ HEAVY = ("accelerate", "datasets", "numpy", "pandas", "pyarrow", "torch", "trans
 
 # The order of the modules: each imports only from lines above its own.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("axes", "canvas", "chattemplates", "errors", "exceptions", "jsontext", "record", "sharing", "sizes", "version"),
+    ("axes", "caches", "canvas", "chattemplates", "errors", "exceptions", "jsontext", "record", "sharing", "sizes", "version"),
     ("smallfile",),
     ("calibration", "conversions", "copying", "header", "stack", "tokens", "yamltext"),
-    ("metric",),
+    ("companions", "metric"),
     ("samplewise", "tokenwise"),
     ("metrics",),
     ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "stated", "strategies"),
-    ("architecture", "blockscores", "gguf", "memory", "mergekit", "operations", "pickled", "seams", "shards", "spill", "upload", "weights"),
-    ("boundaries", "ends", "gallery", "heatmap", "quantization", "recipe", "source"),
+    ("architecture", "blockscores", "gguf", "memory", "mergekit", "operations", "pickled", "seams", "shards", "spill", "upload"),
+    ("boundaries", "ends", "gallery", "heatmap", "quantization", "recipe", "source", "weights"),
     ("lineplot", "surgery"),
     ("compatibility", "layout", "start"),
     ("choices",),
