@@ -10,13 +10,13 @@ import hashlib
 import json
 import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from layercut.companions import ADAPTER, files_beside, is_plain, listed_beside, reject_escape
 from layercut.errors import CheckpointError
 from layercut.header import Header, parse_json, quoted, read_header
 from layercut.smallfile import read_small
@@ -24,7 +24,6 @@ from layercut.smallfile import read_small
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ADAPTER = "adapter_config.json"
 
 MAX_CONFIG = 16_000_000
 """Bytes of config.json that are read at most."""
@@ -34,31 +33,6 @@ MAX_JSON = 50_000_000
 
 MAX_DEPTH = 64
 """Nesting of config.json that is taken for honest."""
-
-
-UNCUT = "weights of the uncut model, in another format or copy"
-PICKLE = "pickle of a training run: runs code when it is read"
-SCAFFOLD = "version control or cache, not the model"
-
-LEFT_OUT_FOLDERS = (
-    (("original", "onnx", "openvino", "coreml", "checkpoint-*", "global_step*"), UNCUT),
-    ((".git", ".cache", "__pycache__", ".ipynb_checkpoints"), SCAFFOLD),
-)
-"""Folders that do not go along; the first row only at the top of the checkpoint."""
-
-LEFT_OUT_FILES = (
-    (("*.safetensors", "*pytorch_model*.bin", "model*.bin", "consolidated*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ot"), UNCUT),
-    (("*.onnx", "*.onnx_data*", "*.onnx.data", "*.h5", "*.msgpack", "*.tflite", "*.mlmodel", "openvino_*.bin", "openvino_*.xml"), UNCUT),
-    (("*.index.json",), "index of weights that are left out"),
-    ((ADAPTER, "adapter_model.*"), "adapter of the uncut model"),
-    (("training_args.bin", "optimizer.bin", "scheduler.bin", "*.pkl", "*.pickle"), PICKLE),
-    (("layercut.json", "layercut.png"), "report of an earlier cut"),
-    ((".git", ".gitattributes", ".ds_store"), SCAFFOLD),
-)
-"""Names, in lower case, of files that do not go along."""
-
-MODULE_WEIGHTS = re.compile(r"\d+_\w+/model\.safetensors")
-"""A module of sentence-transformers after the model, which has weights of its own."""
 
 
 class Tensor(NamedTuple):
@@ -108,6 +82,14 @@ class Checkpoint:
     """What of the folder does not go along, and why, sorted."""
     metadata: dict[str, str] = field(repr=False)
     """Header metadata, normally `{"format": "pt"}`."""
+    fetch: Callable[[str], object] | None = field(default=None, repr=False, compare=False)
+    """Puts a file that goes along into the folder, where not all of them are there from the start."""
+
+    def path(self, name: str) -> Path:
+        """Where a file that goes along is; it is fetched when it is not there yet."""
+        if self.fetch is not None:
+            self.fetch(name)
+        return self.folder / name
 
     @property
     def digest(self) -> str:
@@ -122,16 +104,21 @@ class Checkpoint:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
 
-def open_checkpoint(folder: Path, *, reference: str | None = None, revision: str | None = None) -> Checkpoint:
-    """Open a folder. Raises CheckpointError when it is missing, damaged, or holds no safetensors weights."""
+def open_checkpoint(
+    folder: Path, *, reference: str | None = None, revision: str | None = None, beside: Sequence[tuple[str, int]] | None = None
+) -> Checkpoint:
+    """Open a folder. Raises CheckpointError when it is missing, damaged, or holds no safetensors weights.
+
+    `beside`: name and size of all files that the folder stands for, when not all of them are in it.
+    """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would lose the commit in the path of a Hub snapshot
     try:
-        return _open(folder, str(folder) if reference is None else reference, revision)
+        return _open(folder, str(folder) if reference is None else reference, revision, beside)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror or error}", where=error.filename or folder) from None
 
 
-def _open(folder: Path, reference: str, revision: str | None) -> Checkpoint:
+def _open(folder: Path, reference: str, revision: str | None, beside: Sequence[tuple[str, int]] | None) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError("not a folder" if folder.exists() else "no such folder", where=folder)
     config_text, config = read_config(folder)
@@ -141,7 +128,8 @@ def _open(folder: Path, reference: str, revision: str | None) -> Checkpoint:
     tensors, metadata, left_out = _join(folder, headers)
     if weight_map is not None:
         _check_index(folder, weight_map, tensors)
-    companions, others = files_beside(folder, {CONFIG, INDEX, *names})
+    known = {CONFIG, INDEX, *names}
+    companions, others = files_beside(folder, known) if beside is None else listed_beside(beside, known)
     return Checkpoint(
         folder=folder,
         reference=reference,
@@ -167,18 +155,12 @@ def weight_files(text: str, where: Path) -> dict[str, str]:
             raise CheckpointError(f"weight_map of tensor {quoted(name)} is not a file name", where=where)
     spelt: dict[str, str] = {}
     for file in sorted(set(weight_map.values())):
-        if not _is_plain(file):
+        if not is_plain(file):
             raise CheckpointError(f"weight_map names {quoted(file)}, which is not a plain path inside the folder", where=where)
         twin = spelt.setdefault(file.casefold(), file)
         if twin != file:
             raise CheckpointError(f"weight_map names {quoted(twin)} and {quoted(file)}, which are one file on many systems", where=where)
     return weight_map
-
-
-def _is_plain(name: str) -> bool:
-    path = PurePosixPath(name)
-    odd = "\\" in name or "\0" in name or ".." in path.parts or path.is_absolute() or bool(PureWindowsPath(name).drive)
-    return bool(name) and not odd and str(path) == name and name != "." and name.isprintable()
 
 
 def read_text(path: Path, folder: Path, limit: int = MAX_JSON) -> str:
@@ -312,83 +294,3 @@ def _check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[s
             place = "it is in no weight file" if found is None else f"it is in {found.file}"
             message = f"tensor {quoted(name)} should be in {file}, but {place}"
             raise CheckpointError(message, where=folder / INDEX, hint="download the model again")
-
-
-def left_out_reason(name: str) -> str | None:
-    """Why a file of a checkpoint (relative, with forward slashes; a folder ends with one) does not go along, or None when it does."""
-    *folders, base = name.split("/")
-    (top, top_reason), (anywhere, reason) = LEFT_OUT_FOLDERS
-    if any(folder in anywhere for folder in folders):
-        return reason
-    if folders and any(fnmatchcase(folders[0], pattern) for pattern in top):
-        return top_reason
-    if MODULE_WEIGHTS.fullmatch(name):
-        return None
-    for patterns, reason in LEFT_OUT_FILES:
-        if any(fnmatchcase(base.lower(), pattern) for pattern in patterns):
-            return reason
-    return None
-
-
-def files_beside(folder: Path, known: set[str]) -> tuple[list[tuple[str, int]], list[tuple[str, str]]]:
-    """Files that go along with their sizes, and what does not with the reason. `known` are the files that are read otherwise."""
-    companions: list[tuple[str, int]] = []
-    left_out: list[tuple[str, str]] = []
-    below = [""]
-    while below:
-        parent = below.pop()
-        with os.scandir(folder / parent) as entries:
-            for entry in entries:
-                name = f"{parent}{entry.name}"
-                if name in known:
-                    continue
-                is_folder = entry.is_dir()
-                name += "/" if is_folder else ""
-                reason = left_out_reason(name)
-                if reason is not None and not (is_folder and any(file.startswith(name) for file in known)):
-                    left_out.append((name, reason))
-                    continue
-                reason = _odd(entry, folder)
-                if reason is not None:
-                    left_out.append((name if name.isprintable() else quoted(name)[1:-1], reason))
-                elif is_folder:
-                    below.append(name)
-                else:
-                    companions.append((name, entry.stat().st_size))
-    twins = dict(_twins(sorted(name for name, _ in companions), known))
-    left_out += [(name, f"its name differs from {other} only in case: they are one file on many systems") for name, other in twins.items()]
-    return [companion for companion in companions if companion[0] not in twins], left_out
-
-
-def _twins(names: Iterable[str], known: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Names that are spelt like one before, or like one of the files that are read, but for the case."""
-    spelt = {name.casefold(): name for name in sorted(known)}
-    for name in names:
-        other = spelt.setdefault(name.casefold(), name)
-        if other != name:
-            yield name, other
-
-
-def _odd(entry: os.DirEntry[str], folder: Path) -> str | None:
-    """Why an entry cannot be carried, whatever it is for."""
-    if not entry.name.isprintable():
-        return "its name holds characters that do not print"
-    if entry.is_symlink():
-        reject_escape(Path(entry.path), folder)
-        if entry.is_dir():
-            return "link to a folder"
-        if not entry.is_file():
-            raise CheckpointError("link to nothing", where=entry.path, hint="download the model again, or remove the link")
-    return None if entry.is_file() or entry.is_dir() else "not a regular file"
-
-
-def reject_escape(path: Path, folder: Path) -> None:
-    """Raise CheckpointError when a file of the folder is, through links, one elsewhere; blobs of the folder's own Hub cache excepted."""
-    real = Path(os.path.realpath(folder))
-    roots = [real]
-    for parent in real.parents:
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            roots += [parent.parent / "blobs", parent.parent.parent / "blobs"]
-    target = Path(os.path.realpath(path))
-    if not any(target.is_relative_to(root) for root in roots):
-        raise CheckpointError(f"link out of the folder, to {quoted(str(target))}", where=path, hint="put the file itself there")

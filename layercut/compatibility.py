@@ -156,7 +156,7 @@ def _tokenizers(donor: Checkpoint, other: Checkpoint) -> Iterator[Difference]:
     name = next((name for name in TOKENIZERS if name in names[0] and name in names[1]), None)
     if name is None:
         return
-    texts = [(checkpoint.folder / name).read_bytes() for checkpoint in (donor, other)]
+    texts = [checkpoint.path(name).read_bytes() for checkpoint in (donor, other)]
     if texts[0] == texts[1]:
         return
     read = READERS.get(name)

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from layercut.architecture import Member, find_stack
 from layercut.arithmetic import made_pieces
+from layercut.caches import cache_folder
 from layercut.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from layercut.copying import Range, SourceFiles
 from layercut.ends import find_ends
@@ -26,7 +27,7 @@ from layercut.pickled import holds_pickled, open_pickled
 from layercut.plan import TensorCopy, TensorMade
 from layercut.recipe import DTYPES, Recipe
 from layercut.report import Report, ReportSource
-from layercut.source import cache_folder, resolve
+from layercut.source import resolve
 from layercut.stack import models_of
 from layercut.start import end_scalings
 

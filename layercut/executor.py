@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from layercut.arithmetic import DTYPES
-from layercut.checkpoint import CONFIG, INDEX, Checkpoint, left_out_reason, open_checkpoint, weight_files
+from layercut.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint, weight_files
+from layercut.companions import left_out_reason
 from layercut.copying import Range, explained, sync
 from layercut.errors import CheckpointError, LayercutError, OutputError
 from layercut.header import ITEM_BITS, encode_header, parse_json, quoted

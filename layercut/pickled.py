@@ -20,20 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layercut.checkpoint import (
-    ADAPTER,
     CONFIG,
     INDEX,
     MAX_JSON,
     SINGLE,
     Checkpoint,
     adapter_beside,
-    files_beside,
     open_checkpoint,
     read_config,
     read_text,
-    reject_escape,
     weight_files,
 )
+from layercut.companions import ADAPTER, files_beside, reject_escape
 from layercut.conversions import announce, converted
 from layercut.errors import CheckpointError
 from layercut.header import ITEM_BITS, encode_header, parse_json, quoted

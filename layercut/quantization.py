@@ -306,7 +306,7 @@ def _side_files(checkpoint: Checkpoint) -> list[str]:
 
 
 def _read(checkpoint: Checkpoint, name: str) -> tuple[str, dict[str, Any]]:
-    path = checkpoint.folder / name
+    path = checkpoint.path(name)
     text = read_text(path, checkpoint.folder)
     value = parse_json(text, path)
     if not isinstance(value, dict):

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 from pydantic import ValidationError, model_validator
 
-from layercut.checkpoint import reject_escape
+from layercut.companions import reject_escape
 from layercut.copying import explained
 from layercut.errors import CheckpointError
 from layercut.header import quoted

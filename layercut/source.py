@@ -11,20 +11,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from layercut.caches import cache_folder
 from layercut.checkpoint import (
-    ADAPTER,
     CONFIG,
     INDEX,
     SINGLE,
     Checkpoint,
     adapter_beside,
-    left_out_reason,
     no_weights,
     open_checkpoint,
     read_text,
     weight_files,
     weights_disagree,
 )
+from layercut.companions import ADAPTER, left_out_reason
 from layercut.errors import CheckpointError
 from layercut.pickled import PICKLED, PICKLED_INDEX, holds_pickled, open_pickled, weight_names
 
@@ -66,14 +66,6 @@ def resolve(reference: str, *, cache: Path | None = None) -> Checkpoint:
     if at and not revision:
         raise CheckpointError("no revision after '@'", where=reference)
     return _Hub(reference, repo, revision or None).open(cache)
-
-
-def cache_folder() -> Path:
-    """Where layercut keeps what it made: $LAYERCUT_CACHE, else $XDG_CACHE_HOME/layercut, else ~/.cache/layercut."""
-    own, shared = os.environ.get("LAYERCUT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(shared) if shared else Path.home() / ".cache") / "layercut"
 
 
 def _open_folder(folder: Path, cache: Path, reference: str, revision: str | None = None) -> Checkpoint:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercut.architecture import find_stack
-from layercut.checkpoint import CONFIG, INDEX, SCAFFOLD, Checkpoint, left_out_reason, open_checkpoint
+from layercut.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
+from layercut.companions import SCAFFOLD, left_out_reason
 from layercut.contents import DiffersError, NotCheckedError, check_contents
 from layercut.errors import LayercutError, printable
 from layercut.header import quoted

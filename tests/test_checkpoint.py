@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layercut.checkpoint import Checkpoint, Tensor, left_out_reason, open_checkpoint, weight_files
+from layercut.checkpoint import Checkpoint, Tensor, open_checkpoint, weight_files
+from layercut.companions import left_out_reason
 from layercut.errors import CheckpointError
 from layercut.header import encode_header
 

@@ -16,7 +16,8 @@ import pytest
 
 from layercut.errors import CheckpointError
 from layercut.header import encode_header
-from layercut.source import cache_folder, resolve
+from layercut.caches import cache_folder
+from layercut.source import resolve
 
 COMMIT = "a" * 40
 NEWER = "b" * 40
