@@ -1,10 +1,11 @@
 """layercut: cut, repeat and stack the layers of transformer checkpoints from a recipe.
 
-`load_recipe` reads a recipe, `plan_recipe` decides everything, `run_recipe` writes the result. Nothing here loads torch until something
-has to be measured.
+`load_recipe` reads a recipe, `plan_recipe` decides everything, `run_recipe` writes the result, `analyze` measures and shows.
+Nothing here loads torch until something has to be measured.
 """
 
-from layercut.api import plan_recipe, run_recipe
+from layercut.analysis import Analysis
+from layercut.api import analyze, plan_recipe, run_recipe
 from layercut.errors import CalibrationError, CheckpointError, LayercutError, OutputError, RecipeError, RefusedError
 from layercut.plan import Plan
 from layercut.recipe import Recipe, load_recipe
@@ -12,6 +13,7 @@ from layercut.report import Report, read_report
 from layercut.version import __version__
 
 __all__ = [
+    "Analysis",
     "CalibrationError",
     "CheckpointError",
     "LayercutError",
@@ -22,6 +24,7 @@ __all__ = [
     "RefusedError",
     "Report",
     "__version__",
+    "analyze",
     "load_recipe",
     "plan_recipe",
     "read_report",

@@ -8,16 +8,18 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from layercut.architecture import Member
-from layercut.calibration import Calibration
-from layercut.errors import LayercutError, OutputError, RecipeError
+from layercut.analysis import Analysis, Folder, make_analysis
+from layercut.architecture import Member, find_stack
+from layercut.calibration import BuiltinCalibration, Calibration, CalibrationBase
+from layercut.errors import CalibrationError, LayercutError, OutputError, RecipeError
 from layercut.executor import execute, published
 from layercut.header import quoted
-from layercut.metrics import Metric
+from layercut.metrics import Angular, Cosine, Euclidean, Metric, RelativeMagnitude
 from layercut.plan import MAX_PLAN, Measurement, Plan
 from layercut.planner import build_plan
 from layercut.recipe import Evaluate, Recipe, load_recipe
@@ -26,9 +28,15 @@ from layercut.sharing import sharing_filesystem
 from layercut.smallfile import read_small
 from layercut.source import resolve
 from layercut.staging import Place, check_vacant
+from layercut.start import givers, open_members
 
 # Tells a plan from a recipe that is written as JSON, in whatever order its keys stand.
 PLAN = re.compile(rb'(?<!\\)"format"\s*:\s*"layercut-plan/')
+
+RECIPES = (".yaml", ".yml", ".json")
+"""Suffixes of the files that hold recipes; everything else names a model."""
+SURVEY = (Angular(), Angular(token="all"), Cosine(), RelativeMagnitude(), Euclidean())
+"""What is measured of a model when nothing else is asked for: one pass gives all of them."""
 
 
 def plan_recipe(
@@ -41,18 +49,85 @@ def plan_recipe(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-
-    def measured(members: Mapping[str, Member], metrics: Sequence[Metric], calibration: Calibration) -> Measurement:
-        from layercut.engine import measure  # the only road into torch
-
-        checkpoints = {alias: member.checkpoint for alias, member in members.items()}
-        depths = {alias: member.stack.depth for alias, member in members.items()}
-        prefixes = {alias: member.stack.prefix for alias, member in members.items()}
-        return measure(checkpoints, metrics, calibration, depths=depths, prefixes=prefixes, progress=progress)
-
     named = out or (recipe.output and recipe.output.path)
     sharing = partial(sharing_filesystem, output_of(recipe, out)) if named else None
-    return build_plan(recipe, resolve=resolve, measure=measured, sharing=sharing)
+    return build_plan(recipe, resolve=resolve, measure=partial(_measured, progress=progress), sharing=sharing)
+
+
+def _measured(members: Mapping[str, Member], metrics: Sequence[Metric], calibration: Calibration, *, progress: bool) -> Measurement:
+    from layercut.engine import measure  # the only road into torch
+
+    checkpoints = {alias: member.checkpoint for alias, member in members.items()}
+    depths = {alias: member.stack.depth for alias, member in members.items()}
+    prefixes = {alias: member.stack.prefix for alias, member in members.items()}
+    return measure(checkpoints, metrics, calibration, depths=depths, prefixes=prefixes, progress=progress)
+
+
+def analyze(
+    target: Recipe | str | Path,
+    *,
+    metrics: Sequence[Metric] = (),
+    text: Mapping[str, Any] = MappingProxyType({}),
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Analysis:
+    """Measure the distances of a model, or of the models that layers are taken from in a recipe, in one pass.
+
+    `metrics` are measured instead of the recipe's; of a model all that need no fit are by default. `text` holds keys of `calibration`
+    that replace the recipe's: `samples`, `max_length`, `path`, `column`. `overrides` are `KEY=VALUE` for a recipe in a file. With `out`
+    the tables, pictures and the page are written to that folder. Raises LayercutError with one clear line.
+    """
+    subject = _subject(target, overrides)
+    wanted = tuple({metric.label: metric for metric in metrics or subject.metrics}.values())
+    calibration = _changed(subject.calibration, text)
+    folder = None if out is None else Folder(Path(os.path.expanduser(out)), overwrite)  # noqa: PTH111 - as in output_of
+    if folder is not None:
+        folder.check(subject.members)
+    analysis = make_analysis(subject.members, _measured(subject.members, wanted, calibration, progress=progress))
+    if folder is not None:
+        folder.write(analysis, subject.members)
+    return analysis
+
+
+class _Subject(NamedTuple):
+    """What is analysed."""
+
+    members: Mapping[str, Member]
+    metrics: Sequence[Metric]
+    calibration: Calibration
+
+
+def _subject(target: Recipe | str | Path, overrides: Sequence[str]) -> _Subject:
+    """A recipe, its file, or a model."""
+    path = Path(os.path.expanduser(target)) if isinstance(target, str | Path) else None  # noqa: PTH111
+    if path is not None and path.suffix.lower() in RECIPES:
+        found = load(path, overrides)
+        if isinstance(found, Plan):
+            raise LayercutError("a plan, not a recipe or a model", where=target, hint="name the recipe that it was made from")
+        target = found
+    if isinstance(target, Recipe):
+        return _Subject(givers(target, open_members(target, resolve)), target.all_metrics, target.calibration)
+    if overrides:
+        raise LayercutError("--set changes recipes, and this is a model", where=target)
+    checkpoint = resolve(str(target))
+    return _Subject({checkpoint.reference: Member(checkpoint, find_stack(checkpoint))}, SURVEY, BuiltinCalibration())
+
+
+def _changed(calibration: Calibration, text: Mapping[str, Any]) -> Calibration:
+    """The calibration with other settings; a path makes it one of local files."""
+    if not text:
+        return calibration
+    data = calibration.model_dump()
+    if "path" in text:
+        data = {"source": "text", **{name: data[name] for name in CalibrationBase.model_fields if name in data}}
+    adapter: TypeAdapter[Calibration] = TypeAdapter(Calibration)
+    try:
+        return adapter.validate_python(data | dict(text))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CalibrationError(f"{first['loc'][-1]}: {first['msg']}", where=f"{data['source']} text") from None
 
 
 def run_recipe(

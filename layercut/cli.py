@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import signal
 import sys
 import threading
@@ -14,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import TypeAdapter, ValidationError
 
 from layercut import api, display, gallery
+from layercut.analysis import PAGE
 from layercut.architecture import find_stack
 from layercut.errors import LayercutError, OutputError, printable
+from layercut.metrics import Metric, MetricSpec
 from layercut.recipe import Recipe
 from layercut.report import REPORT, read_report
 from layercut.source import resolve
 from layercut.version import __version__
+from layercut.yamltext import YamlText
 
 DONE, INPUT, USAGE, BUG, INTERRUPTED = 0, 1, 2, 3, 130
 # Characters of a line of an error.
@@ -74,6 +79,54 @@ def plan(recipe: str, output: str | None, overrides: Sequence[str], as_json: boo
     _echo(_plain(made.to_json()) if as_json else display.plan_text(made), nl=not as_json)
     if output is not None:
         click.echo(f"to do this: layercut run {output}", err=True)
+
+
+def _metric(text: str) -> Metric:
+    """A metric as it is spelled on the command line: `angular`, `angular:all`, or as in a recipe, `{name: angular, token: all}`."""
+    if text.lstrip().startswith("{"):
+        data = YamlText(text, "--metric").data
+    else:
+        name, colon, token = text.partition(":")
+        data = {"name": name, **({"token": int(token) if re.fullmatch("-?[0-9]{1,6}", token) else token} if colon else {})}
+    adapter: TypeAdapter[Metric] = TypeAdapter(MetricSpec)
+    try:
+        return adapter.validate_python(data)
+    except ValidationError as error:
+        raise LayercutError(error.errors()[0]["msg"], where=f"--metric {text}") from None
+
+
+@cli.command()
+@click.argument("target", metavar="MODEL|RECIPE")
+@click.option("-o", "--output", metavar="DIR", help="Write tables (JSON, CSV, Markdown), pictures (PNG) and a page (HTML) to this folder.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder that holds something.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME[:TOKEN]", help="Measure this, for example angular:all; may be repeated.")
+@click.option(
+    "--text", metavar="PATH", help="Text to measure on (.txt, .jsonl, .csv, .parquet), instead of the recipe's or the built-in one."
+)
+@click.option("--column", help="Column of the text in .jsonl, .csv and .parquet.")
+@click.option("--samples", type=click.IntRange(min=1), help="Token sequences at most, instead of the recipe's number or 128.")
+@click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a sequence at most, instead of the recipe's number or 512.")
+@overrides
+@as_json
+@quiet
+def analyze(
+    target: str,
+    output: str | None,
+    overwrite: bool,
+    metrics: Sequence[str],
+    overrides: Sequence[str],
+    as_json: bool,
+    quiet: bool,
+    **text: Any,
+) -> None:
+    """Measure the distances between all states of a model, or of the models of a recipe: which blocks could go."""
+    settings = {{"text": "path"}.get(name, name): value for name, value in text.items() if value is not None}
+    wanted = [_metric(metric) for metric in metrics]
+    with _terminated_as_interrupted():
+        found = api.analyze(target, metrics=wanted, text=settings, overrides=overrides, out=output, overwrite=overwrite, progress=not quiet)
+    _echo(_plain(found.to_json()) if as_json else display.analysis_text(found), nl=not as_json)
+    if output is not None:
+        click.echo(f"to look at it: {Path(output) / PAGE}", err=True)
 
 
 @cli.command()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from layercut.analysis import Analysis
 from layercut.architecture import LayerStack
 from layercut.checkpoint import Checkpoint
 from layercut.layout import layer_tensors
@@ -153,6 +154,22 @@ def _evaluation_rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "prompt", evaluation["generate"]["prompt"]
         yield "before", " ".join(evaluation["generate"]["before"].split())
         yield "after", " ".join(evaluation["generate"]["after"].split())
+
+
+def analysis_text(analysis: Analysis) -> str:
+    """The nearest block of each size under every metric, model by model."""
+    lines = []
+    for alias, model in analysis.models.items():
+        rankings = [ranking for ranking in analysis.rankings if ranking.model == alias]
+        rows = [("block size", *(ranking.metric for ranking in rankings))]
+        for blocks in zip(*(ranking.blocks for ranking in rankings), strict=True):
+            rows.append((str(blocks[0].size), *(f"{block.removed:7} {block.score:.4f} ± {block.stderr:.4f}" for block in blocks)))
+        lines += [
+            f"{model.reference}: {model.depth} layers, {analysis.about}",
+            "nearest block of each size (layers from 0, both ends included)",
+        ]
+        lines += [*columns(rows), ""]
+    return "\n".join(lines[:-1])
 
 
 def inspect_data(checkpoint: Checkpoint, stack: LayerStack) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from layercut.quantization import is_quantized
 from layercut.recipe import DTYPES, Recipe
 from layercut.sharing import Filesystem, Sharing
 from layercut.stack import Stack, joints, models_of
-from layercut.start import Resolve, end_scalings, find_windows, model_of, open_members, reachable_depth, stack_of
+from layercut.start import Resolve, end_scalings, find_windows, givers, open_members, reachable_depth, stack_of
 from layercut.surgery import Surgery, operate
 from layercut.version import __version__
 
@@ -40,13 +40,13 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: S
     with its place when the recipe cannot be done, RefusedError when the result would load but compute something else.
     """
     members = open_members(recipe, resolve)
-    givers = {alias: members[alias] for alias in _givers(recipe, members)}
-    donor = recipe.base_model or next(iter(givers))
+    giving = givers(recipe, members)
+    donor = recipe.base_model or next(iter(giving))
     tokenizer = _tokenizer(recipe, donor)
-    notes = (*recipe.notes, *check_together(members, donor, tuple(givers), tokenizer, inexact=recipe.allow == "inexact"))
-    evidence = Evidence(recipe, givers, measure)
+    notes = (*recipe.notes, *check_together(members, donor, tuple(giving), tokenizer, inexact=recipe.allow == "inexact"))
+    evidence = Evidence(recipe, giving, measure)
     stack = _stack(recipe, evidence)
-    used = {alias: members[alias] for alias in givers if any(alias in models_of(layer) for layer in stack)}
+    used = {alias: members[alias] for alias in giving if any(alias in models_of(layer) for layer in stack)}
     if recipe.base_model is None and donor not in used:  # no layer of the first model was kept
         donor = next(iter(used))
         tokenizer = _tokenizer(recipe, donor)
@@ -91,13 +91,6 @@ def _lay_out(recipe: Recipe, used: Mapping[str, Member], stack: Stack, ends: End
     layout = Layouter(used, stack, _cast(recipe), blocks).lay_out(ends, recipe.shard_size, end_scalings(recipe))
     padded = any(file.header_size is not None for file in layout.files)
     return layout, [f"laid out for block sharing ({next(iter(found.values()))})"] if padded else []
-
-
-def _givers(recipe: Recipe, members: Mapping[str, Member]) -> list[str]:
-    """Models that slices are taken from, in the order of the slices."""
-    if recipe.slices is None:
-        return [next(iter(members))]
-    return list(dict.fromkeys(model_of(recipe, number, part) for number, part in enumerate(recipe.slices)))
 
 
 def _pending(stack: Stack) -> Iterator[str]:

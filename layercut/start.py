@@ -57,6 +57,14 @@ def _named(recipe: Recipe) -> list[Named]:
     return found
 
 
+def givers(recipe: Recipe, members: Mapping[str, Member]) -> dict[str, Member]:
+    """Models that layers are taken from, in the order of the slices."""
+    if recipe.slices is None:
+        return dict([next(iter(members.items()))])
+    named = dict.fromkeys(model_of(recipe, number, part) for number, part in enumerate(recipe.slices))
+    return {alias: members[alias] for alias in named}
+
+
 def model_of(recipe: Recipe, number: int, part: Slice) -> str:
     name = part.source.model or recipe.model
     if name is None:

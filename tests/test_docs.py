@@ -271,8 +271,12 @@ def test_shell_block_is_understood(block: Block) -> None:
 
 RUN_BY_PAGE = {
     "README.md": ["plan", "run", "verify"],
+    "docs/analyze.md": ["analyze", "analyze", "python"],
     "docs/quickstart.md": ["inspect", "run", "plan", "run", "run", "verify", "eval", "eval", "python"],
 }
+
+SHORT = {"eval": ["--max-length=24"], "analyze": ["--max-length=24", "--samples=16"]}
+"""What is added to the commands of a page, so that the tests are quick."""
 
 
 @pytest.mark.parametrize("page", RUN_BY_PAGE)
@@ -294,8 +298,7 @@ def test_page_runs(page: str, tiny: Callable[..., Path], tmp_path: Path, monkeyp
         elif block.language == "sh":
             for program, *arguments in commands(block._replace(text=text)):
                 if program == "layercut":
-                    short = ["--max-length=24"] if arguments[0] == "eval" else []
-                    assert main([*arguments, *short]) == 0, f"{block}: {arguments}: {capsys.readouterr().err}"
+                    assert main([*arguments, *SHORT.get(arguments[0], [])]) == 0, f"{block}: {arguments}: {capsys.readouterr().err}"
                     ran.append(arguments[0])
     assert ran == RUN_BY_PAGE[page]
 

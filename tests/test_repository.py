@@ -39,7 +39,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("metrics",),
     ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "stated", "strategies"),
     ("architecture", "blockscores", "gguf", "memory", "mergekit", "operations", "pickled", "seams", "shards", "spill", "upload"),
-    ("boundaries", "ends", "gallery", "heatmap", "quantization", "recipe", "source", "weights"),
+    ("boundaries", "ends", "gallery", "heatmap", "page", "quantization", "recipe", "source", "weights"),
     ("lineplot", "surgery"),
     ("compatibility", "layout", "start"),
     ("choices",),
@@ -52,6 +52,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("schedules",),
     ("engine",),
     ("arithmetic", "report", "staging"),
+    ("analysis",),
     ("disclosure", "display", "journal"),
     ("cardmetadata", "writer"),
     ("card", "contents", "executor"),
@@ -82,8 +83,8 @@ OF_THE_WHOLE = (
 )
 
 PUBLIC = [
-    "CalibrationError", "CheckpointError", "LayercutError", "OutputError", "Plan", "Recipe", "RecipeError", "RefusedError", "Report",
-    "__version__", "load_recipe", "plan_recipe", "read_report", "run_recipe",
+    "Analysis", "CalibrationError", "CheckpointError", "LayercutError", "OutputError", "Plan", "Recipe", "RecipeError", "RefusedError",
+    "Report", "__version__", "analyze", "load_recipe", "plan_recipe", "read_report", "run_recipe",
 ]  # fmt: skip
 
 
