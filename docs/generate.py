@@ -1,7 +1,8 @@
-"""Writes the reference pages from the code: recipe.md, metrics.md, cli.md and recipe.schema.json. With --check it only compares."""
+"""Writes the reference pages and recipe.schema.json from the code. With --check it only compares."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
@@ -211,7 +212,44 @@ def schema_document() -> str:
     return json.dumps(Recipe.schema_document(), indent=2, ensure_ascii=False) + "\n"
 
 
-PAGES = {"recipe.md": recipe_page, "metrics.md": metrics_page, "cli.md": cli_page, "recipe.schema.json": schema_document}
+def modules_page() -> str:
+    """Every module in the order of the imports, with the first line of its docstring."""
+    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((DOCS.parent / "layercut").glob("*.py"))}
+    uses = {name: [other for other in trees if other != name and _imports(tree, other)] for name, tree in trees.items()}
+    levels: dict[str, int] = {}
+
+    def level(name: str) -> int:
+        if name not in levels:
+            levels[name] = 1 + max((level(other) for other in uses[name]), default=0)
+        return levels[name]
+
+    lines = [
+        NOTE,
+        "",
+        "# Modules",
+        "",
+        "A module imports from lower levels only; what is heavy it imports inside functions, which does not count here.",
+        "",
+    ]
+    lines += ["| level | module | what it is |", "|---:|---|---|"]
+    for name in sorted(trees, key=lambda name: (level(name), name)):
+        first = (ast.get_docstring(trees[name]) or "").partition("\n")[0].replace("|", "\\|")
+        lines.append(f"| {level(name)} | [{name}](../layercut/{name}.py) | {first} |")
+    return "\n".join(lines) + "\n"
+
+
+def _imports(tree: ast.Module, name: str) -> bool:
+    """Whether a module imports another of the package when it is imported itself."""
+    found = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return any(
+        node.module == f"layercut.{name}" or (node.module == "layercut" and name in [alias.name for alias in node.names]) for node in found
+    )
+
+
+PAGES = {
+    "recipe.md": recipe_page, "metrics.md": metrics_page, "cli.md": cli_page, "modules.md": modules_page,
+    "recipe.schema.json": schema_document,
+}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
