@@ -22,8 +22,10 @@ from layercut.tokens import Sample, Token, positions
 
 Kind = TypeVar("Kind", bound=Metric)
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 4 << 20
 """Bytes that the float64 states of a chunk of tokens take at most: what a cache holds is not read twice from memory."""
+CHUNK_BYTES_ELSEWHERE = 256 << 20
+"""The same on devices other than the CPU, where each chunk costs a start."""
 
 
 class Model(NamedTuple):
@@ -198,7 +200,8 @@ def _by_token(metrics: Iterable[Kind]) -> dict[Token, list[Kind]]:
 def _inners(states: Sequence[Tensor]) -> Iterator[tuple[slice, Inner]]:
     """Inner products of all boundaries, chunk by chunk of tokens."""
     tokens, hidden = states[0].shape
-    step = max(1, CHUNK_BYTES // (8 * len(states) * max(hidden, len(states))))
+    size = CHUNK_BYTES if states[0].device.type == "cpu" else CHUNK_BYTES_ELSEWHERE
+    step = max(1, size // (8 * len(states) * max(hidden, len(states))))
     room = torch.empty(min(step, tokens), len(states), hidden, dtype=torch.float64, device=states[0].device)
     for start in range(0, tokens, step):
         part = slice(start, min(start + step, tokens))
