@@ -1,11 +1,14 @@
-"""The parity benchmark without mergekit: its recipes are read, its comparison sees one bit, and its rules explain no more than they say."""
+"""The benchmarks without the tools that they compare with: recipes, comparison and rules of parity; what that of the engine runs and says."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import struct
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,14 @@ from layercut.checkpoint import Checkpoint, open_checkpoint
 from layercut.errors import RecipeError
 from layercut.planner import build_plan
 from layercut.recipe import parse_recipe
+from layercut.tokens import Sample
 from layercut.yamltext import YamlText
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import engine as speed  # noqa: E402
+import engine_peer as peer  # noqa: E402
 import mergekit_parity as parity  # noqa: E402
 import parity_cases as cases  # noqa: E402
 import parity_rules as rules  # noqa: E402
@@ -328,3 +334,110 @@ def test_versions_are_pinned() -> None:
     found = {pin.name.lower(): str(pin.specifier) for pin in pins}
     assert {found[name] for name in ("mergekit", "torch")} == {"==0.1.5", "==2.13.0"}
     assert set(parity.PACKAGES) <= set(found)
+
+
+# The engine
+
+
+def test_engine_runs_measure_what_they_say(tiny: Callable[..., Path]) -> None:
+    setting = speed.prepare(tiny("llama"), 5, 32, 2)
+    assert [[len(sample.ids) for sample in batch] for batch in setting.batches] == [[32, 32], [32, 32], [32]]
+    assert [sample.number for batch in setting.batches for sample in batch] == [0, 1, 2, 3, 4]
+    assert setting.tokens == 160
+    ways = speed.runs(setting)
+    assert list(ways) == [speed.BARE, speed.BACKBONE, *speed.RUNS]
+    for name, metrics in speed.RUNS.items():
+        assert [table.metric for table in ways[name]()] == [metric.label for metric in metrics]
+    labels = [metric.label for metric in speed.FIVE]
+    assert labels == ["angular[last]", "angular[all]", "cosine[all]", "relative_magnitude[all]", "euclidean[all]"]
+
+
+def test_engine_compares_round_by_round(tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setting = speed.prepare(tiny("llama"), 2, 16, 2)
+    measured, theirs = speed.compare(setting, 3, None, tmp_path)
+    assert theirs == {}
+    assert {name: len(values) for name, values in measured.items()} == dict.fromkeys([speed.BARE, speed.BACKBONE, *speed.RUNS], 3)
+    assert all(value > 0 for values in measured.values() for value in values)
+    assert len(capsys.readouterr().err.splitlines()) == 15
+
+
+FIRST, SECOND, THIRD = speed.RUNS
+MEASURED = {
+    speed.BARE: [10.0, 20.0, 10.0],
+    speed.BACKBONE: [8.0, 16.0, 8.0],
+    FIRST: [9.0, 17.0, 9.5],
+    SECOND: [13.0, 22.0, 12.0],
+    THIRD: [20.0] * 3,
+}
+
+
+def test_engine_verdicts() -> None:
+    # round by round 0.9, 0.85, 0.95 and 1.3, 1.1, 1.2; the median of the second, 13, in 60 of the other tool
+    theirs = {"one": 30.0, "two": 30.0}
+    assert [(value, limit) for _, value, limit in speed.verdicts(MEASURED, theirs)] == [
+        (pytest.approx(0.9), 0.92),
+        (pytest.approx(1.2), 1.3),
+        (pytest.approx(13 / 60), 0.2),
+    ]
+    assert len(speed.verdicts(MEASURED, {})) == 2
+    table = speed.table(MEASURED, theirs).splitlines()
+    assert table[2] == "| forward with head | 10.00 | 1.000 | 1.000 | 1.000 |"
+    assert table[4] == f"| layercut: {FIRST} | 9.50 | 0.900 | 0.850 | 0.950 |"
+    assert table[-1] == "| short-transformers: all 2 | 60.00 | 6.000 | | |"
+
+
+def test_engine_page() -> None:
+    setting = speed.Setting(Path("m"), [[Sample(0, [1] * 4)], [Sample(1, [1] * 3)]])
+    page = speed.document(setting, MEASURED, {"one": 60.0}, "Model", 1)
+    assert "Model, float32, 2 samples, 7 tokens, 1 samples at once" in page
+    assert f"| {FIRST}, in seconds of a forward with head | 0.900 | 0.92 |" in page
+
+
+FAKE = """
+import json, sys
+from types import SimpleNamespace
+from short_transformers import dist
+class ShortTransformer:
+    @classmethod
+    def from_pretrained(cls, folder, torch_dtype):
+        model = cls()
+        model.seen = [folder, str(torch_dtype)]
+        return model
+    def set_metric(self, metric):
+        self.seen.append(metric)
+    def analyse_layers(self, dataset, tokenizer, limit):
+        inputs = [tokenizer(row["content"], return_tensors="pt").to("cpu") for row in dataset]
+        print(self.seen, limit, [{key: value.tolist() for key, value in each.items()} for each in inputs], file=sys.stderr)
+        return [[0.5, 0.25]]
+"""
+DIST = """
+angular_distance_last_token, angular_distance_all_tokens, bi_score, relative_magnitude = "last", "all", "bi", "magnitude"
+def get_linear_approximation_ith_token(i): return f"linear {i}"
+def get_euclidian_dist_ith_token(i): return f"euclidean {i}"
+"""
+
+
+def test_engine_peer_gives_it_the_same_tokens(tmp_path: Path) -> None:
+    package = tmp_path / "short_transformers"
+    package.mkdir()
+    (package / "__init__.py").write_text(FAKE, encoding="utf-8")
+    (package / "dist.py").write_text(DIST, encoding="utf-8")
+    (tmp_path / "ids.json").write_text("[[5, 6, 7], [8]]", encoding="utf-8")
+    command = [sys.executable, str(BENCHMARKS / "engine_peer.py"), "folder", str(tmp_path / "ids.json"), "linear last"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True)
+    found = json.loads(done.stdout)
+    assert found["rows"] == 1
+    assert found["first"] == [0.5, 0.25]
+    assert 0 <= found["seconds"] < 10
+    given = [{"input_ids": [ids], "attention_mask": [[1] * len(ids)]} for ids in ([5, 6, 7], [8])]
+    assert done.stderr.strip().splitlines()[-1] == f"['folder', 'torch.float32', 'linear -1'] 2 {given}"
+    assert (
+        peer.METRICS == speed.PEER_METRICS == ("angular last", "angular all", "linear last", "euclidean last", "bi", "relative magnitude")
+    )
+
+
+def test_engine_pins_what_it_installs() -> None:
+    pins = [Requirement(line) for line in speed.PINS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert {pin.name for pin in pins} >= set(speed.PACKAGES)
+    assert all([spec.operator for spec in pin.specifier] == ["=="] for pin in pins)
+    assert str(next(pin.specifier for pin in pins if pin.name == "transformers")) == "==4.46.3"
