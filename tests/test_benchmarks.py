@@ -1,4 +1,4 @@
-"""The benchmarks without the tools that they compare with: recipes, comparison and rules of parity; what that of the engine runs and says."""
+"""The benchmarks without the tools they compare with: recipes, comparison and rules of parity; what that of the engine runs and says."""
 
 from __future__ import annotations
 
