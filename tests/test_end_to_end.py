@@ -258,3 +258,61 @@ def test_no_companion_is_lost(byte_checkpoint: Callable[..., Path], tmp_path: Pa
     for name in COMPANIONS:
         assert (tmp_path / "a" / name).read_bytes() == (source / name).read_bytes()
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+EVERY_METRIC = """\
+metrics:
+  - angular
+  - {name: cosine, token: skip-first-1}
+  - relative_magnitude
+  - {name: euclidean, token: 2}
+  - {name: euclidean, normalised: true}
+  - {name: linear, draw: 128}
+  - {name: procrustes, draw: 64}
+  - cka
+calibration: {source: builtin, samples: 6, max_length: 24}
+"""
+LABELS = [
+    "angular[last]", "cosine[skip-first-1]", "relative_magnitude[all]", "euclidean[2]", "euclidean[all, normalised]",
+    "linear[skip-first-1, draw=128]", "procrustes[skip-first-1, draw=64]", "cka[skip-first-1]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["linear", "cka", "procrustes", "relative_magnitude", "euclidean"])
+def test_every_metric_can_decide(name: str, tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"model: {tiny()}\nsteps: [{{prune: {{layers: 2, strategy: block, metric: {name}}}}}]\n{EVERY_METRIC}"
+    plan_file = tmp_path / "plan.json"
+    assert main(["plan", str(write(tmp_path / "r.yaml", text)), "-o", str(plan_file), "--quiet"]) == 0, capsys.readouterr().err
+    plan = Plan.from_json(plan_file.read_text(encoding="utf-8"))
+    assert plan.measurement is not None
+    label = f"{name}[{'all' if name in ('relative_magnitude', 'euclidean') else 'skip-first-1'}]"
+    assert [table.metric for table in plan.measurement.tables] == list(dict.fromkeys([*LABELS, label]))
+    (choice,) = plan.choices
+    assert choice.metric == label
+    mean = plan.measurement.table(label, plan.donor, plan.donor).mean
+    best = min(range(5), key=lambda start: mean[start][start + 2])
+    assert choice.candidates[best].cost == choice.cost == pytest.approx(mean[best][best + 2], abs=1e-11)
+    assert all(set(seam.distances) == {*LABELS, label} for seam in plan.seams)
+
+
+def test_a_directed_metric_decides_between_two_models(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"""\
+models: {{a: {tiny()}, b: {tiny(seed=1)}}}
+slices: [{{model: a, layer_range: [0, auto]}}, {{model: b, layer_range: [auto, end]}}]
+depth: 6
+metric: relative_magnitude
+calibration: {{source: builtin, samples: 4, max_length: 24}}
+"""
+    plan_file = tmp_path / "plan.json"
+    assert main(["plan", str(write(tmp_path / "r.yaml", text)), "-o", str(plan_file), "--quiet"]) == 0, capsys.readouterr().err
+    plan = Plan.from_json(plan_file.read_text(encoding="utf-8"))
+    assert plan.measurement is not None
+    label = "relative_magnitude[all]"
+    given = plan.measurement.table(label, "a", "b").mean  # |h_b - h_a| / |h_b|: what b expects is the measure
+    other = plan.measurement.table(label, "b", "a").mean
+    (seam,) = (seam for seam in plan.seams if seam.from_model != seam.to_model)
+    assert (seam.from_model, seam.to_model) == ("a", "b")
+    assert seam.distances[label].mean == given[seam.from_boundary][seam.to_boundary] != other[seam.to_boundary][seam.from_boundary]
+    assert given[seam.from_boundary][seam.to_boundary] == min(given[at][at] for at in range(1, 6))

@@ -98,3 +98,9 @@ def test_equal_seams_in_another_order_cost_the_same(values: list[float]) -> None
         known = prices({"m": depth}, table("m", "m", mean))
         doubled = tuple(layer for layer in whole(depth) for _ in range(2))
         assert known.cost(doubled).ticks == sum(round(value * TICKS) for value in values)
+
+
+def test_a_metric_may_have_a_table_for_either_direction() -> None:
+    known = prices({"a": 1, "b": 1}, table("a", "b", [[0.1, 0.2], [0.3, 0.4]]), table("b", "a", [[0.5, 0.6], [0.7, 0.8]]))
+    assert known.distance(Boundary("a", 0), Boundary("b", 1)).mean == 0.2
+    assert known.distance(Boundary("b", 1), Boundary("a", 0)).mean == 0.7
