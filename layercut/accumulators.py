@@ -75,34 +75,39 @@ class Accumulators:
         if not rows.any():
             return
         self._check_sizes(states)
-        if states[0].device.type == "mps":  # it has no float64
-            states = [state.cpu() for state in states]
+        states = exact(states)
         self._device = states[0].device
         owner = rows.nonzero()[:, 0].to(self._device)
         for token, metrics in self._tokenwise.items():
             picked = self._picked(token, metrics[0].label, batch)
-            own = picked[rows].to(self._device)
-            self._sum(batch, metrics, states if own.all() else [state[own] for state in states], owner[own], picked.sum(1))
+            places = picked[rows].nonzero()[:, 0].to(self._device)
+            self._sum(batch, metrics, states, places, owner[places], picked.sum(1))
         for token, found in self._samplewise.items():
             draw = self._draws[token]
             taken = draw.still(batch, rows & self._picked(token, found[0].label, batch))
-            own = taken[rows].to(self._device)
-            kept = [state[own] for state in states]
+            places = taken[rows].nonzero()[:, 0].to(self._device)
+            kept = [state[places] for state in states]
             if not all(state.isfinite().all() for state in kept):
-                self._blame(batch, found[0], kept, owner[own])
+                self._blame(batch, found[0], kept, owner[places])
             draw.add(batch, taken, kept)
 
     def _sum(
-        self, batch: Sequence[Sample], metrics: Sequence[TokenMetric], states: Sequence[Tensor], owner: Tensor, counts: Tensor
+        self,
+        batch: Sequence[Sample],
+        metrics: Sequence[TokenMetric],
+        states: Sequence[Tensor],
+        places: Tensor,
+        owner: Tensor,
+        counts: Tensor,
     ) -> None:
-        """Add the distances of these tokens, of the samples `owner`, to the sums of metrics that are averaged over them."""
+        """Add the distances of the tokens at `places`, of the samples `owner`, to the sums of metrics that are averaged over them."""
         totals = torch.zeros(len(metrics), len(batch), len(states), len(states), dtype=torch.float64, device=self._device)
-        for part, inner in _inners(states):
+        for part, inner in _inners(states, places):
             for total, metric in zip(totals, metrics, strict=True):
                 total.index_add_(0, owner[part], metric.distances(inner))
         for total, metric in zip(totals, metrics, strict=True):
             if not total.isfinite().all():
-                self._blame(batch, metric, states, owner)
+                self._blame(batch, metric, [state[places] for state in states], owner)
             self._sums[metric.label].add(total, counts.to(self._device, torch.float64))
 
     def state(self) -> dict[str, Tensor]:
@@ -197,9 +202,15 @@ def _by_token(metrics: Iterable[Kind]) -> dict[Token, list[Kind]]:
     return found
 
 
-def _inners(states: Sequence[Tensor]) -> Iterator[tuple[slice, Inner]]:
-    """Inner products of all boundaries, chunk by chunk of tokens."""
-    tokens, hidden = states[0].shape
+def exact(states: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The states where float64 can be had: on the CPU when they are on Apple's GPU, which has none."""
+    return [state.cpu() for state in states] if states[0].device.type == "mps" else states
+
+
+def _inners(states: Sequence[Tensor], places: Tensor) -> Iterator[tuple[slice, Inner]]:
+    """Inner products of all boundaries for the tokens at these places, chunk by chunk."""
+    hidden, tokens = states[0].shape[1], len(places)
+    whole = tokens == len(states[0])
     size = CHUNK_BYTES if states[0].device.type == "cpu" else CHUNK_BYTES_ELSEWHERE
     step = max(1, size // (8 * len(states) * max(hidden, len(states))))
     room = torch.empty(min(step, tokens), len(states), hidden, dtype=torch.float64, device=states[0].device)
@@ -207,7 +218,7 @@ def _inners(states: Sequence[Tensor]) -> Iterator[tuple[slice, Inner]]:
         part = slice(start, min(start + step, tokens))
         chunk = room[: part.stop - start]
         for boundary, state in enumerate(states):
-            chunk[:, boundary] = state[part]
+            chunk[:, boundary] = state[part if whole else places[part]]
         yield part, Inner(torch.bmm(chunk, chunk.transpose(1, 2)))
 
 

@@ -200,6 +200,25 @@ def test_rows_of_pads_only() -> None:
     assert str(caught.value) == "no sample has a token that metric cosine[all] counts; use longer texts or another token"
 
 
+class Elsewhere:
+    """A state on a device."""
+
+    def __init__(self, kind: str) -> None:
+        self.device = torch.device(kind)
+        self.moved = False
+
+    def cpu(self) -> Elsewhere:
+        self.moved = True
+        return self
+
+
+@pytest.mark.parametrize(("kind", "moved"), [("mps", True), ("cuda", False), ("cpu", False)])
+def test_arithmetic_is_done_where_float64_can_be_had(kind: str, moved: bool) -> None:
+    states: list[Any] = [Elsewhere(kind), Elsewhere(kind)]
+    assert list(accumulators.exact(states)) == states
+    assert [state.moved for state in states] == [moved, moved]
+
+
 # Two models
 
 
