@@ -214,7 +214,9 @@ def schema_document() -> str:
 
 def modules_page() -> str:
     """Every module in the order of the imports, with the first line of its docstring."""
-    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((DOCS.parent / "layercut").glob("*.py"))}
+    package = DOCS.parent / "layercut"
+    paths = {_module(path.relative_to(package)): path for path in sorted(package.rglob("*.py"))}
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
     uses = {name: [other for other in trees if other != name and _imports(tree, other)] for name, tree in trees.items()}
     levels: dict[str, int] = {}
 
@@ -234,8 +236,14 @@ def modules_page() -> str:
     lines += ["| level | module | what it is |", "|---:|---|---|"]
     for name in sorted(trees, key=lambda name: (level(name), name)):
         first = (ast.get_docstring(trees[name]) or "").partition("\n")[0].replace("|", "\\|")
-        lines.append(f"| {level(name)} | [{name}](../layercut/{name}.py) | {first} |")
+        lines.append(f"| {level(name)} | [{name}](../{paths[name].relative_to(DOCS.parent).as_posix()}) | {first} |")
     return "\n".join(lines) + "\n"
+
+
+def _module(path: Path) -> str:
+    """The name of a module, below the package."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
 def _imports(tree: ast.Module, name: str) -> bool:

@@ -104,10 +104,13 @@ def test_generator_writes_and_compares(tmp_path: Path, monkeypatch: pytest.Monke
     module = generator()
     monkeypatch.setattr(module, "DOCS", tmp_path)
     assert module.main(["--check"]) == 1
-    assert capsys.readouterr().err == "out of date: docs/recipe.md, docs/metrics.md, docs/cli.md, docs/recipe.schema.json; run: make docs\n"
+    assert (
+        capsys.readouterr().err
+        == "out of date: docs/recipe.md, docs/metrics.md, docs/cli.md, docs/modules.md, docs/recipe.schema.json; run: make docs\n"
+    )
     assert list(tmp_path.iterdir()) == []
     assert module.main([]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cli.md", "metrics.md", "recipe.md", "recipe.schema.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cli.md", "metrics.md", "modules.md", "recipe.md", "recipe.schema.json"]
     assert module.main(["--check"]) == 0
     (tmp_path / "cli.md").write_text("older")
     assert module.main(["--check"]) == 1
@@ -272,6 +275,7 @@ def test_shell_block_is_understood(block: Block) -> None:
 RUN_BY_PAGE = {
     "README.md": ["plan", "run", "verify"],
     "docs/analyze.md": ["analyze", "analyze", "python"],
+    "docs/short-transformers.md": ["python"],
     "docs/quickstart.md": ["inspect", "run", "plan", "run", "run", "verify", "eval", "eval", "python"],
 }
 
