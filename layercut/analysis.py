@@ -11,7 +11,7 @@ from typing import Final, Literal, NamedTuple
 from layercut.architecture import Member
 from layercut.blockscores import BlockScore, best_blocks, csv_text, markdown, normalised, triangle
 from layercut.copying import explained, sync
-from layercut.errors import OutputError
+from layercut.errors import OutputError, printable
 from layercut.heatmap import draw, draw_blocks
 from layercut.lineplot import draw_layers
 from layercut.page import make_page
@@ -78,7 +78,9 @@ class Analysis(Record):
 def make_analysis(members: Mapping[str, Member], measurement: Measurement) -> Analysis:
     """The analysis of what was measured on these models."""
     models = {
-        alias: AnalysedModel(reference=checkpoint.reference, revision=checkpoint.revision, depth=stack.depth, digest=checkpoint.digest)
+        alias: AnalysedModel(
+            reference=printable(checkpoint.reference), revision=checkpoint.revision, depth=stack.depth, digest=checkpoint.digest
+        )
         for alias, (checkpoint, stack) in members.items()
     }
     rankings = tuple(Ranking(model=t.a, metric=t.metric, blocks=best_blocks(t)) for t in measurement.tables if t.a == t.b)

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from layercut.analysis import Analysis, Folder, make_analysis
 from layercut.architecture import Member, find_stack
 from layercut.calibration import BuiltinCalibration, Calibration, CalibrationBase
-from layercut.errors import CalibrationError, LayercutError, OutputError, RecipeError
+from layercut.errors import CalibrationError, LayercutError, OutputError, RecipeError, printable
 from layercut.executor import execute, published
 from layercut.header import quoted
 from layercut.metrics import Angular, Cosine, Euclidean, Metric, RelativeMagnitude
@@ -82,7 +82,7 @@ def analyze(
     subject = _subject(target, overrides)
     wanted = tuple({metric.label: metric for metric in metrics or subject.metrics}.values())
     calibration = _changed(subject.calibration, text)
-    folder = None if out is None else Folder(Path(os.path.expanduser(out)), overwrite)  # noqa: PTH111 - as in output_of
+    folder = None if out is None else Folder(_folder_of(out), overwrite)
     if folder is not None:
         folder.check(subject.members)
     analysis = make_analysis(subject.members, _measured(subject.members, wanted, calibration, progress=progress))
@@ -112,7 +112,8 @@ def _subject(target: Recipe | str | Path, overrides: Sequence[str]) -> _Subject:
     if overrides:
         raise LayercutError("--set changes recipes, and this is a model", where=target)
     checkpoint = resolve(str(target))
-    return _Subject({checkpoint.reference: Member(checkpoint, find_stack(checkpoint))}, SURVEY, BuiltinCalibration())
+    name = printable(checkpoint.reference)  # of a folder whose name is no text, too
+    return _Subject({name: Member(checkpoint, find_stack(checkpoint))}, SURVEY, BuiltinCalibration())
 
 
 def _changed(calibration: Calibration, text: Mapping[str, Any]) -> Calibration:
@@ -190,6 +191,10 @@ def output_of(recipe: Recipe | Plan, out: str | Path | None) -> Path:
     chosen = out if out is not None else named
     if not chosen:
         raise OutputError("no output folder", hint="set 'output' in the recipe or give --out DIR")
+    return _folder_of(chosen)
+
+
+def _folder_of(chosen: str | Path) -> Path:
     if "\0" in str(chosen):
         raise OutputError("a name with a NUL is no folder", where=quoted(str(chosen)))
     return Path(os.path.expanduser(chosen))  # noqa: PTH111 - Path.expanduser raises where there is no such user

@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,9 +194,27 @@ def test_a_recipe_says_what_is_measured(tiny: Callable[..., Path], tmp_path: Pat
     assert other.about.startswith(f"4 samples with 64 tokens of {text['path']}, measured in float32, ")
 
 
+def test_a_folder_with_an_odd_name(tiny: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
+    folder = shutil.copytree(tiny("llama"), tmp_path / "m\x1b[31m")
+    assert main(["analyze", str(folder), *FLAGS, "--metric=cosine", "-o", str(tmp_path / "out")]) == 0
+    shown = f"{tmp_path}/m\\x1b[31m"
+    assert capsys.readouterr().out.startswith(f"{shown}: 6 layers, ")
+    found = Analysis.model_validate_json((tmp_path / "out" / "analysis.json").read_bytes())
+    assert list(found.models) == [shown] == [table.a for table in found.measurement.tables]
+
+
+def test_a_folder_whose_name_is_no_text(tiny: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
+    folder = os.fsencode(tmp_path) + b"/m\xff"
+    shutil.copytree(os.fsencode(tiny("llama")), folder)
+    assert main(["analyze", os.fsdecode(folder), *FLAGS]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {tmp_path}/m\\udcff: no tokenizer can be loaded: ") and shown.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"out": "a\0b"}, "'a\\x00b': a name with a NUL is no folder"),
         ({"text": {"column": "words"}}, "builtin text: column: Extra inputs are not permitted"),
         ({"overrides": ["a=1"]}, "MODEL: --set changes recipes, and this is a model"),
         ({"text": {"path": "missing.txt"}}, "missing.txt: no such file"),
