@@ -141,10 +141,18 @@ def test_the_map_of_devices_follows() -> None:
     }  # fmt: skip
 
 
-def test_hooks_and_devices_of_accelerate_stay(tiny: Callable[..., Path]) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("llama"), device_map="cpu").eval()
-    cut(model, 1, 4)
-    assert generated(model) == generated(model, use_cache=False)
+def test_layers_may_lie_on_the_disk(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """What accelerate attached to the layers that stay keeps working."""
+    around = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places = {**around, **{f"model.layers.{index}": "disk" if index in (2, 4) else "cpu" for index in range(6)}}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    spread = load(tiny("qwen3"), device_map=places, offload_folder=str(tmp_path / "disk")).eval()
+    plain = load(tiny("qwen3")).eval()
+    for model in (spread, plain):
+        cut(model, 1, 3)
+    assert torch.equal(logits(spread), logits(plain)) and generated(spread) == generated(plain)
+    spread.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(reloaded(tmp_path / "out")), logits(plain))
 
 
 def test_a_model_without_layers() -> None:
