@@ -167,7 +167,9 @@ TOKENS = (
     "| `7`, `-2` | one by its index, negative from the end; every sample must have it |", "",
     "Means are over tokens, so that long samples weigh more. A sample without such a token is left out.", "",
     "`linear`, `procrustes` and `cka` are no means: they compare many tokens at once, of all samples. `draw` of the tokens that count are",
-    "taken at random; which ones depends on the text alone, not on batches, devices or schedule.",
+    "taken at random; which ones depends on the text alone, not on batches, devices or schedule. Their states are made unit vectors first:",
+    "in layers 3 to 8 of SmolLM2-135M one token in a hundred, first tokens left out, has a state up to ten times as long as the others,",
+    "and would hold 40 % of what is to be explained. `normalised: false` takes the states as they are.",
 )  # fmt: skip
 
 

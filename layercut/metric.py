@@ -36,7 +36,7 @@ class Metric(Record):
         for key, field in type(self).model_fields.items():
             value = getattr(self, key)
             if key not in ("name", "token") and value != field.default:
-                parts.append(key if value is True else f"{key}={value}")
+                parts.append(key if value is True else f"{key}={str(value).lower()}")
         return f"{self.name}[{', '.join(parts)}]"
 
 
@@ -97,6 +97,8 @@ class SampleMetric(Metric):
     token: Token = "skip-first-1"
     draw: int = Field(default=1024, ge=16, le=16384, strict=True)
     """Tokens that are drawn for it from all that count, at most. The work grows with its square, in part with its third power."""
+    normalised: bool = True
+    """Make each state a unit vector first, as the norm in front of the next layer does. Else a few tokens of huge states decide."""
 
     sizes_may_differ: ClassVar[bool] = True
     least_samples: ClassVar[int] = 1
@@ -110,3 +112,11 @@ class SampleMetric(Metric):
 
         `states` are (n, d) each, d may differ between models; `owners` (n,) is the number of each token's sample, ascending.
         """
+
+    def _vectors(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """The states in float64, of length 1 if they are normalised; zero stays zero."""
+        found = [state.double() for state in states]
+        if not self.normalised:
+            return found
+        lengths = [state.norm(dim=1, keepdim=True) for state in found]
+        return [state / length.masked_fill(length == 0, 1.0) for state, length in zip(found, lengths, strict=True)]

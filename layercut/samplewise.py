@@ -17,21 +17,22 @@ class Linear(SampleMetric):
     """Linear distance: the share of the later state that the best linear map of the earlier one leaves unexplained, on held-out text.
 
     `|Y - (a X + X B)|^2 / |Y|^2` over tokens of every fourth sample (the second, the sixth and so on), with X = x_i and Y = x_j
-    centred by their means over the other samples, on which a and B are fitted: a is the best multiple, and B the ridge map
-    of what that leaves, with `ridge` times the mean eigenvalue of the Gram matrix of X. B shrinks to nothing where the text
-    does not tell, so that the score falls back to that of the best multiple, and the fit makes sense on fewer tokens than
-    dimensions; with many it is the ordinary linear fit. More tokens lower all scores: compare only what was drawn alike. On
-    SmolLM2-135M (d = 576) 768 tokens rank blocks as 4608 do.
+    of unit length and centred by their means over the other samples, on which a and B are fitted: a is the best multiple, and
+    B the ridge map of what that leaves, with `ridge` times the mean eigenvalue of the Gram matrix of X. B shrinks to nothing
+    where the text does not tell, so that the score falls back to that of the best multiple, and the fit makes sense on fewer
+    tokens than dimensions; with many it is the ordinary linear fit. More tokens lower all scores: compare only what was drawn
+    alike.
 
     Range 0 (explained) to about 1 (nothing is explained; more when a fit misleads). Small means that one linear map can
     stand in for the layers between i and j. Within a model x_j is the later state, whichever way the seam goes; between two
-    models, also of different hidden sizes (a is 0 then), it is the state that is expected. After the linearity score of
-    LLM-Microscope, arXiv 2405.12250, which is 1 minus this without a, B free, on the text that it was fitted on. Standard
-    errors are over held-out samples.
+    models, also of different hidden sizes (a is 0 then), it is the state that is expected. After the linearity score of "Your
+    Transformer is Secretly Linear", arXiv 2405.12250, which is 1 minus the same with any map in place of a and B, on the text
+    that it was fitted on. Standard errors are over held-out samples.
 
-    Unchanged by a shift and a scale of either state, and by one rotation of both.
+    Unchanged by the lengths of the states of any token and by one rotation of both; with `normalised: false`, by a shift and a scale
+    of either.
 
-    Other tools: LLM-Microscope fits and judges on the same tokens, so that any two states of at most d tokens score as linear.
+    Other tools: LLM-Microscope, the code of that paper, fits and judges on the same tokens: any two states of at most d tokens are linear.
     short-transformers' "linear approximation" fits one number and takes its logarithm: -29 or minus infinity for a layer that does
     nothing.
     """
@@ -48,7 +49,7 @@ class Linear(SampleMetric):
         held = numbers % 4 == 1
         groups = numbers[held] // 4
         scores = _blank(states, owners)
-        splits = [_split(state, held) for state in states]
+        splits = [_split(state, held) for state in self._vectors(states)]
         for i in wanted.any(1).nonzero()[:, 0].tolist():
             x = splits[i]
             gram = x.fit @ x.fit.T
@@ -70,15 +71,16 @@ class Linear(SampleMetric):
 class Procrustes(SampleMetric):
     """Procrustes distance: the share of one state that no rotation and scale of the other explains, `1 - |X' Y|_*^2`.
 
-    X and Y are the states of the same n tokens, centred and divided by their Frobenius norms; `|.|_*` is the sum of the singular
-    values. Range 0 (equal up to shift, scale, rotation and reflection) to 1. Small means that the layers between i and j move
+    X and Y are the states of the same n tokens, of unit length, centred, and divided by their Frobenius norms; `|.|_*` is the sum of
+    the singular values. Range 0 (equal up to shift, scale, rotation and reflection) to 1. Small means that the layers between i and j move
     the cloud of states as a whole, and could be undone by one orthogonal matrix. It is the disparity of SciPy's `procrustes`, the
     squared distance of Ding et al., arXiv 2108.01661, at the best scale. States of different hidden sizes are compared as if
     the smaller ones were padded with zeros. The rotation is fitted and judged on the same tokens: with few tokens for the
     dimensions all distances are small, so compare only what was drawn alike. Standard errors are over samples, the rotation
     taken as given.
 
-    Unchanged by a shift, a scale and a rotation of either state; symmetric.
+    Unchanged by the lengths of the states of any token and by a rotation of either; with `normalised: false`, by a shift and a scale
+    of either as well. Symmetric.
 
     Other tools: Ding et al. do not scale, `2 - 2 |X' Y|_*`; the ranks are the same. No tool for layer pruning has it.
     """
@@ -89,7 +91,7 @@ class Procrustes(SampleMetric):
     def compare(self, states: Sequence[Tensor], owners: Tensor, wanted: Tensor) -> Scores:
         groups = owners.unique_consecutive(return_inverse=True)[1]
         scores = _blank(states, owners)
-        clouds = [_turned(_cloud(state)) for state in states]
+        clouds = [_turned(_cloud(state)) for state in self._vectors(states)]
         lengths = [_sums(cloud.square().sum(1), groups) for cloud in clouds]
         for i, j in wanted.nonzero().tolist():
             left, values, right = (clouds[i].T @ clouds[j]).svd()
@@ -105,14 +107,15 @@ class Procrustes(SampleMetric):
 class CKA(SampleMetric):
     """CKA distance: 1 minus the linear centred kernel alignment of two states, without bias.
 
-    `1 - <K, L> / (|K| |L|)` with K and L the Gram matrices X X' and Y Y' of n tokens, U-centred: without their diagonal, rows and
-    columns of mean zero (Székely and Rizzo, 2014). Range 0 (equal up to shift, scale and rotation) to 1 (unrelated; estimates
-    may lie above by chance). Small means that tokens which are near each other in x_i are so in x_j. Linear CKA is of Kornblith et al.,
-    arXiv 1905.00414; the estimator without bias is that of Nguyen et al., arXiv 2010.15327, eq. 3: the plain one comes near 1
-    for any two states of fewer tokens than dimensions. States may have different hidden sizes. Standard errors are over
-    samples, to first order.
+    `1 - <K, L> / (|K| |L|)` with K and L the Gram matrices X X' and Y Y' of n tokens of unit length, U-centred: without their diagonal,
+    rows and columns of mean zero (Székely and Rizzo, 2014). Range 0 (equal up to shift, scale and rotation) to 1 (unrelated;
+    estimates may lie above by chance). Small means that tokens which are near each other in x_i are so in x_j. Linear CKA is
+    of Kornblith et al., arXiv 1905.00414; the estimator without bias is that of Nguyen et al., arXiv 2010.15327, eq. 3: the
+    plain one comes near 1 for any two states of fewer tokens than dimensions. States may have different hidden sizes.
+    Standard errors are over samples, to first order.
 
-    Unchanged by a shift, a scale and a rotation of either state; symmetric.
+    Unchanged by the lengths of the states of any token and by a rotation of either; with `normalised: false`, by a shift and a scale
+    of either as well. Symmetric.
 
     Other tools: ReplaceMe (arXiv 2505.02819, figure 6) finds it weaker than the cosine for choosing blocks. Most implementations
     are of the biased kind.
@@ -123,7 +126,7 @@ class CKA(SampleMetric):
     def compare(self, states: Sequence[Tensor], owners: Tensor, wanted: Tensor) -> Scores:
         numbers = owners.unique_consecutive(return_inverse=True)[1]
         tokens = len(owners)
-        clouds = [_cloud(state) for state in states]
+        clouds = [_cloud(state) for state in self._vectors(states)]
         rows = [cloud @ cloud.sum(0) - cloud.square().sum(1) for cloud in clouds]  # sums of the Gram rows, their diagonals left out
         means = [row / (tokens - 2) - row.sum() / (2 * (tokens - 1) * (tokens - 2)) for row in rows]
         parts = owners.new_zeros((int(numbers[-1]) + 1, len(states), len(states)), dtype=rows[0].dtype)
@@ -155,7 +158,6 @@ class _Split(NamedTuple):
 
 
 def _split(state: Tensor, held: Tensor) -> _Split:
-    state = state.double()
     fit = state[~held]
     mean = fit.mean(0)
     return _Split(fit - mean, state[held] - mean)
@@ -163,7 +165,6 @@ def _split(state: Tensor, held: Tensor) -> _Split:
 
 def _cloud(state: Tensor) -> Tensor:
     """States centred, of Frobenius norm 1 unless they are all equal."""
-    state = state.double()
     state = state - state.mean(0)
     return state / (state.norm() or 1.0)
 

@@ -36,6 +36,7 @@ def test_labels_and_default_tokens() -> None:
     assert Angular(token=-3).label == "angular[-3]"
     assert Euclidean(normalised=True, token="skip-first-4").label == "euclidean[skip-first-4, normalised]"
     assert Linear(token="all", draw=64, ridge=1).label == "linear[all, draw=64, ridge=1.0]"
+    assert CKA(normalised=False).label == "cka[skip-first-1, normalised=false]"
     assert Procrustes(draw=256).label == "procrustes[skip-first-1]"
     assert list(METRICS) == NAMES
 

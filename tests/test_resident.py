@@ -33,7 +33,7 @@ SINGLE: tuple[Metric, ...] = (
     Angular(), Angular(token="all"), Cosine(), RelativeMagnitude(), Euclidean(), Euclidean(normalised=True), Euclidean(token=1),
     Cosine(token="skip-first-4"),
 )  # fmt: skip
-MANY: tuple[SampleMetric, ...] = (Linear(draw=512), Procrustes(draw=512), CKA(draw=512))
+MANY: tuple[SampleMetric, ...] = (Linear(draw=512), Linear(draw=512, normalised=False), Procrustes(draw=512), CKA(draw=512))
 
 Tiny = Callable[..., Path]
 
@@ -93,6 +93,8 @@ def single(metric: Metric, true: Sequence[Sequence[Any]], i: int, j: int) -> flo
 def many(metric: SampleMetric, true: Sequence[Sequence[Any]], i: int, j: int) -> float:
     """The three formulas for one pair, with d x d matrices, over all tokens but the first of each sample."""
     x, y = (np.concatenate([sample[b][1:] for sample in true]) for b in (i, j))
+    if metric.normalised:
+        x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
     if isinstance(metric, Linear):
         owner = np.concatenate([[number] * (len(sample[0]) - 1) for number, sample in enumerate(true)])
         fit = owner % 4 != 1

@@ -17,12 +17,16 @@ from layercut.samplewise import CKA, Linear, Procrustes
 
 torch.set_num_threads(1)
 
-METRICS: tuple[SampleMetric, ...] = (Linear(), Procrustes(), CKA())
+RAW: tuple[SampleMetric, ...] = (Linear(normalised=False), Procrustes(normalised=False), CKA(normalised=False))
+UNIT: tuple[SampleMetric, ...] = (Linear(), Procrustes(), CKA())
 SEEDS = st.integers(0, 10_000)
 
 
-def each_metric(test: Any) -> Any:
-    return pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)(test)
+def each(*metrics: SampleMetric) -> Any:
+    return pytest.mark.parametrize("metric", metrics, ids=lambda metric: f"{metric.name}{'' if metric.normalised else '-raw'}")
+
+
+each_metric = each(*RAW, *UNIT)
 
 
 def score(metric: SampleMetric, x: Any, y: Any, owners: Sequence[int]) -> tuple[float, float]:
@@ -39,6 +43,10 @@ def compare(metric: SampleMetric, states: Sequence[Any], owners: Sequence[int]) 
 
 def cloud(seed: int, tokens: int = 24, hidden: int = 5) -> Any:
     return np.random.default_rng(seed).normal(size=(tokens, hidden))
+
+
+def unit(x: Any) -> Any:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def rotation(seed: int, hidden: int = 5) -> Any:
@@ -62,13 +70,13 @@ def test_linear_by_hand() -> None:
     # in row 1, column 2; the mean eigenvalue of the Gram matrix [[1, -1], [-1, 1]] is 1. With ridge 1, B has 2 / (2 + 1) = 2/3 there.
     # Held out: (3, 5) -> (1, 3). Predicted is (0, 2), missed (1, 1): 2 of 1 + 9.
     x, y = [[1, 0], [-1, 0], [3, 5]], [[0, 1], [0, -1], [1, 3]]
-    assert score(Linear(ridge=1), x, y, [0, 0, 1]) == (pytest.approx(0.2, abs=1e-15), 0.0)
+    assert score(Linear(ridge=1, normalised=False), x, y, [0, 0, 1]) == (pytest.approx(0.2, abs=1e-15), 0.0)
 
 
 def test_linear_falls_back_to_the_best_multiple() -> None:
     # Fitted on -1 -> -2 and 1 -> 2: a = 2 and nothing is left for B. Held out 3 -> 7: 6 is predicted, 1 missed of 49.
     x, y = [[-1.0, 0], [1, 0], [3, 0]], [[-2.0, 0], [2, 0], [7, 0]]
-    assert score(Linear(), x, y, [0, 0, 1])[0] == pytest.approx(1 / 49, abs=1e-15)
+    assert score(RAW[0], x, y, [0, 0, 1])[0] == pytest.approx(1 / 49, abs=1e-15)
 
 
 def test_linear_standard_error_by_hand() -> None:
@@ -77,19 +85,19 @@ def test_linear_standard_error_by_hand() -> None:
     x = [[-1.0], [3], [1], [-1], [1], [1]]
     y = [[-2.0], [7], [2], [-2], [2], [4]]
     expected = (pytest.approx(1 / 13, abs=1e-15), pytest.approx(2 * 36 / 13 / 65, abs=1e-15))
-    assert score(Linear(), x, y, [0, 1, 2, 3, 4, 5]) == expected
+    assert score(RAW[0], x, y, [0, 1, 2, 3, 4, 5]) == expected
 
 
 def test_procrustes_by_hand() -> None:
     # X the corners of a square, Y = X diag(2, 1): X'Y = diag(8, 4), |X|^2 = 8, |Y|^2 = 20. Nuclear norm 12 / sqrt(160); 1 - 144/160 = 0.1
     x = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]])
-    assert score(Procrustes(), x, x @ np.diag([2, 1]), [0, 0, 1, 1])[0] == pytest.approx(0.1, abs=1e-14)
+    assert score(RAW[1], x, x @ np.diag([2, 1]), [0, 0, 1, 1])[0] == pytest.approx(0.1, abs=1e-14)
 
 
 def test_cka_by_hand() -> None:
     # x = (1, -1, 1, -1), y = (1, 1, -1, -1), without diagonals: tr KL = (x.y)^2 - 4 = -4, rows of both sum to -1, so that
     # 1'KL1 = 4 and 1'K1 = 1'L1 = -4. HSIC ~ -4 + 16/(3*2) - 2/2*4 = -16/3; of x with itself: 12 + 16/6 - 4 = 32/3. CKA = -1/2.
-    assert score(CKA(), [[1], [-1], [1], [-1]], [[1], [1], [-1], [-1]], [0, 1, 2, 3])[0] == pytest.approx(1.5, abs=1e-14)
+    assert score(RAW[2], [[1], [-1], [1], [-1]], [[1], [1], [-1], [-1]], [0, 1, 2, 3])[0] == pytest.approx(1.5, abs=1e-14)
 
 
 # Against other formulas
@@ -130,6 +138,8 @@ def plain_cka(x: Any, y: Any) -> float:
 
 
 def plain(metric: SampleMetric, x: Any, y: Any, owners: Sequence[int]) -> float:
+    if metric.normalised:
+        x, y = unit(x), unit(y)
     if isinstance(metric, Linear):
         return plain_linear(metric, x, y, owners)
     return plain_procrustes(x, y) if isinstance(metric, Procrustes) else plain_cka(x, y)
@@ -187,16 +197,34 @@ def test_a_layer_that_does_nothing_scores_zero(metric: SampleMetric, seed: int) 
     for hidden in (5, 40):
         x = cloud(seed, hidden=hidden) * 100
         assert score(metric, x, x, OWNERS)[0] == pytest.approx(0, abs=1e-12)
-        assert score(metric, x, 2.5 * x + 7, OWNERS)[0] == pytest.approx(0, abs=1e-12)
+        assert score(metric, x, 2.5 * x, OWNERS)[0] == pytest.approx(0, abs=1e-12)
 
 
-@each_metric
+@each(*RAW)
 @given(seed=SEEDS, scale=st.floats(1e-3, 1e3), shift=st.floats(-100, 100))
 def test_shift_and_scale_of_either_state_change_nothing(metric: SampleMetric, seed: int, scale: float, shift: float) -> None:
     x, y = cloud(seed), cloud(seed) + 0.5 * cloud(seed + 1)
     before = score(metric, x, y, OWNERS)
     assert score(metric, scale * x + shift, y, OWNERS) == pytest.approx(before, abs=1e-7)
     assert score(metric, x, scale * y + shift, OWNERS) == pytest.approx(before, abs=1e-7)
+
+
+@each(*UNIT)
+@given(seed=SEEDS)
+def test_lengths_of_states_change_nothing(metric: SampleMetric, seed: int) -> None:
+    x, y = cloud(seed), cloud(seed) + 0.5 * cloud(seed + 1)
+    lengths = np.exp(np.random.default_rng(seed).normal(size=(2, 24, 1)) * 3)
+    assert score(metric, lengths[0] * x, lengths[1] * y, OWNERS) == pytest.approx(score(metric, x, y, OWNERS), abs=1e-9)
+
+
+def test_a_few_huge_states_do_not_decide() -> None:
+    # two states that have nothing in common but five tokens of great length, which are the same in both
+    x, y = cloud(0, 400, 8), cloud(1, 400, 8)
+    x[::80] = y[::80] = 1000 * cloud(2, 5, 8)
+    owners = [number for number in range(40) for _ in range(10)]
+    for raw, normal in zip(RAW, UNIT, strict=True):
+        assert score(raw, x, y, owners)[0] < 0.1
+        assert score(normal, x, y, owners)[0] > 0.8
 
 
 @each_metric
@@ -206,7 +234,7 @@ def test_one_rotation_of_both_states_changes_nothing(metric: SampleMetric, seed:
     assert score(metric, x @ turn, y @ turn, OWNERS) == pytest.approx(score(metric, x, y, OWNERS), abs=1e-9)
 
 
-@pytest.mark.parametrize("metric", [Procrustes(), CKA()], ids=lambda metric: metric.name)
+@each(*RAW[1:], *UNIT[1:])
 @given(seed=SEEDS)
 def test_a_rotation_of_one_state_changes_nothing(metric: SampleMetric, seed: int) -> None:
     x, y = cloud(seed), cloud(seed) + 0.5 * cloud(seed + 1)
@@ -214,7 +242,7 @@ def test_a_rotation_of_one_state_changes_nothing(metric: SampleMetric, seed: int
     assert score(metric, y, x, OWNERS) == pytest.approx(score(metric, x, y, OWNERS), abs=1e-9)  # symmetric
 
 
-@pytest.mark.parametrize("metric", [Linear(), Procrustes()], ids=lambda metric: metric.name)
+@each(*RAW[:2], *UNIT[:2])
 @given(seed=SEEDS)
 def test_ranges(metric: SampleMetric, seed: int) -> None:
     value, error = score(metric, cloud(seed), cloud(seed + 1), OWNERS)
@@ -227,8 +255,8 @@ def test_ranges(metric: SampleMetric, seed: int) -> None:
 def test_linear_explains_any_linear_map_given_enough_tokens() -> None:
     x = cloud(0, tokens=800, hidden=8)
     owners = [number for number in range(20) for _ in range(40)]
-    assert score(Linear(ridge=1e-6), x, x @ cloud(1, 8, 8), owners)[0] < 1e-10
-    assert score(Linear(ridge=1e-6), x, np.abs(x), owners)[0] > 0.9  # nothing of it is linear
+    assert score(Linear(ridge=1e-6, normalised=False), x, x @ cloud(1, 8, 8), owners)[0] < 1e-10
+    assert score(Linear(ridge=1e-6, normalised=False), x, np.abs(x), owners)[0] > 0.9  # nothing of it is linear
 
 
 def test_linear_does_not_explain_what_it_only_remembers() -> None:
@@ -256,6 +284,8 @@ def test_cka_has_no_bias() -> None:
 def test_constant_states(metric: SampleMetric) -> None:
     x, flat = cloud(0), np.ones((24, 5))
     assert score(metric, flat, flat, OWNERS) == (0.0, 0.0)
+    zero = np.zeros((24, 5))
+    assert score(metric, zero, zero, OWNERS) == (0.0, 0.0)
     assert score(metric, x, flat, OWNERS) == ((0.0 if isinstance(metric, Linear) else 1.0), 0.0)
     assert score(metric, flat, x, OWNERS)[0] == 1.0
 
