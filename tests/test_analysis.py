@@ -142,6 +142,21 @@ def test_a_failure_leaves_the_older_folder(member: Member, tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir() if path.name != "source"] == ["out"]
 
 
+def test_what_a_killed_analysis_left_is_no_hindrance(member: Member, tmp_path: Path) -> None:
+    """Half a folder is thrown away; a folder that had stepped aside comes back first, and is not lost."""
+    found = make_analysis({"m": member}, measured(table()))
+    content = tmp_path / ".out.layercut-partial" / "content"
+    content.mkdir(parents=True)
+    (content / "blocks.csv").write_text("half")
+    (content / "stray").write_text("x")
+    Folder(tmp_path / "out", False).write(found, {"m": member})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(file.name for file in files(found))
+    (tmp_path / "out").rename(tmp_path / ".out.layercut-old")
+    with pytest.raises(OutputError, match="is not empty"):
+        Folder(tmp_path / "out", False).write(found, {"m": member})
+    assert (tmp_path / "out" / "index.html").exists() and not content.parent.exists()
+
+
 def test_the_work_of_a_stopped_run_is_not_thrown_away(member: Member, tmp_path: Path) -> None:
     staging = tmp_path / ".out.layercut-partial"
     (staging / "content").mkdir(parents=True)
@@ -172,6 +187,13 @@ def test_the_nearest_block_is_the_one_that_a_recipe_cuts(tiny: Callable[..., Pat
     best = found.rankings[0].blocks[2]
     assert isinstance(best, BlockScore) and (made.seams[0].from_boundary, made.seams[0].to_boundary) == (best.start, best.stop)
     assert made.seams[0].distances["angular[last]"].mean == best.score
+
+
+def test_only_models_that_give_layers_are_measured(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {tiny('llama')}\nbase_model: {tiny('llama', seed=1)}\n")
+    found = analyze(recipe, text=SHORT, progress=False)
+    assert list(found.models) == [str(tiny("llama"))] and len(found.measurement.tables) == 1
 
 
 def test_a_recipe_says_what_is_measured(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from layercut.errors import CalibrationError
 from layercut.metric import Inner, SampleMetric, Tensor, TokenMetric
 from layercut.metrics import Angular, Cosine, Euclidean, Metric, RelativeMagnitude
 from layercut.samplewise import Linear
-from layercut.tokens import check_index
+from layercut.tokens import Sample, check_index, positions
 
 __all__ = [
     "Distance",
@@ -33,9 +33,9 @@ class Distance:
 
         Raises CalibrationError when they have no such token, or too few samples for the metric.
         """
-        token, label = self.metric.token, self.metric.label
-        check_index(token, input.shape[1], label, f"the states have {input.shape[1]}", "use longer texts or another token")
-        chosen = slice(None) if token == "all" else [-1 if token == "last" else int(token)]
+        label, length = self.metric.label, input.shape[1]
+        check_index(self.metric.token, length, label, f"the states have {length}", "use longer texts or another token")
+        chosen = list(positions(self.metric.token, Sample(0, [0] * length), label))
         pair = [state[:, chosen].double() for state in (input, output)]
         if isinstance(self.metric, TokenMetric):
             states = pair[0].new_empty((pair[0].shape[:2].numel(), 2, pair[0].shape[-1]))
