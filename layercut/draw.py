@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -18,8 +18,8 @@ PLACES = 1 << 32
 class Drawn(NamedTuple):
     """What was drawn, in the order of samples and tokens."""
 
-    states: list[Tensor]
-    """For each boundary (n, d), float64."""
+    states: Iterator[Tensor]
+    """For each boundary (n, d), in the dtype that the states came in; each is put together when it is asked for."""
     owners: Tensor
     """(n,) number of the sample of each token, ascending."""
 
@@ -59,8 +59,7 @@ class Draw:
     def drawn(self, size: int, device: torch.device) -> Drawn:
         """The first `size` of the draw by priority, put in order."""
         slots, keys, _ = self._filled(size)
-        states = [state[slots].to(device, torch.float64) for state in self._states]
-        return Drawn(states, (keys // PLACES).to(device))
+        return Drawn((state[slots].to(device) for state in self._states), (keys // PLACES).to(device))
 
     def state(self) -> dict[str, Tensor]:
         """All that it holds, on the CPU."""

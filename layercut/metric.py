@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -107,16 +107,16 @@ class SampleMetric(Metric):
     """Tokens that must be there at least."""
 
     @abstractmethod
-    def compare(self, states: Sequence[Tensor], owners: Tensor, wanted: Tensor) -> Scores:
+    def compare(self, states: Iterable[Tensor], owners: Tensor, wanted: Tensor) -> Scores:
         """Scores of the pairs (i, j) of B boundaries that `wanted` (B, B; bool) names, and 0 for all others.
 
-        `states` are (n, d) each, d may differ between models; `owners` (n,) is the number of each token's sample, ascending.
+        `states` are (n, d) each, of any dtype, d may differ between models; `owners` (n,) is the number of each token's sample,
+        ascending. Each state is read once.
         """
 
-    def _vectors(self, states: Sequence[Tensor]) -> list[Tensor]:
+    def _vectors(self, states: Iterable[Tensor]) -> Iterator[Tensor]:
         """The states in float64, of length 1 if they are normalised; zero stays zero."""
-        found = [state.double() for state in states]
-        if not self.normalised:
-            return found
-        lengths = [state.norm(dim=1, keepdim=True) for state in found]
-        return [state / length.masked_fill(length == 0, 1.0) for state, length in zip(found, lengths, strict=True)]
+        for state in states:
+            exact = state.double()
+            length = exact.norm(dim=1, keepdim=True) if self.normalised else None
+            yield exact if length is None else exact / length.masked_fill(length == 0, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field
@@ -44,11 +44,11 @@ class Linear(SampleMetric):
     directed: ClassVar[bool] = True
     least_samples: ClassVar[int] = 2
 
-    def compare(self, states: Sequence[Tensor], owners: Tensor, wanted: Tensor) -> Scores:
+    def compare(self, states: Iterable[Tensor], owners: Tensor, wanted: Tensor) -> Scores:
         numbers = owners.unique_consecutive(return_inverse=True)[1]
         held = numbers % 4 == 1
         groups = numbers[held] // 4
-        scores = _blank(states, owners)
+        scores = _blank(wanted)
         splits = [_split(state, held) for state in self._vectors(states)]
         for i in wanted.any(1).nonzero()[:, 0].tolist():
             x = splits[i]
@@ -88,9 +88,9 @@ class Procrustes(SampleMetric):
     name: Literal["procrustes"] = "procrustes"
     draw: int = Field(default=256, ge=16, le=16384, strict=True)
 
-    def compare(self, states: Sequence[Tensor], owners: Tensor, wanted: Tensor) -> Scores:
+    def compare(self, states: Iterable[Tensor], owners: Tensor, wanted: Tensor) -> Scores:
         groups = owners.unique_consecutive(return_inverse=True)[1]
-        scores = _blank(states, owners)
+        scores = _blank(wanted)
         clouds = [_turned(_cloud(state)) for state in self._vectors(states)]
         lengths = [_sums(cloud.square().sum(1), groups) for cloud in clouds]
         for i, j in wanted.nonzero().tolist():
@@ -123,16 +123,16 @@ class CKA(SampleMetric):
 
     name: Literal["cka"] = "cka"
 
-    def compare(self, states: Sequence[Tensor], owners: Tensor, wanted: Tensor) -> Scores:
+    def compare(self, states: Iterable[Tensor], owners: Tensor, wanted: Tensor) -> Scores:
         numbers = owners.unique_consecutive(return_inverse=True)[1]
         tokens = len(owners)
         clouds = [_cloud(state) for state in self._vectors(states)]
         rows = [cloud @ cloud.sum(0) - cloud.square().sum(1) for cloud in clouds]  # sums of the Gram rows, their diagonals left out
         means = [row / (tokens - 2) - row.sum() / (2 * (tokens - 1) * (tokens - 2)) for row in rows]
-        parts = owners.new_zeros((int(numbers[-1]) + 1, len(states), len(states)), dtype=rows[0].dtype)
+        parts = rows[0].new_zeros((int(numbers[-1]) + 1, *wanted.shape))
         for start in range(0, tokens, CHUNK):
             part = slice(start, start + CHUNK)
-            block = rows[0].new_empty((len(numbers[part]), len(states), tokens))
+            block = rows[0].new_empty((len(numbers[part]), len(clouds), tokens))
             for b, (cloud, mean) in enumerate(zip(clouds, means, strict=True)):
                 block[:, b] = cloud[part] @ cloud.T - mean[part, None] - mean
                 block[:, b].diagonal(offset=start).zero_()
@@ -182,10 +182,10 @@ def _lower(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky(gram)
 
 
-def _blank(states: Sequence[Tensor], owners: Tensor) -> Scores:
+def _blank(wanted: Tensor) -> Scores:
     import torch
 
-    value, stderr = (torch.zeros(len(states), len(states), dtype=torch.float64, device=owners.device) for _ in range(2))
+    value, stderr = (torch.zeros(wanted.shape, dtype=torch.float64, device=wanted.device) for _ in range(2))
     return Scores(value, stderr)
 
 
