@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from layercut import fetching
 from layercut.analysis import Analysis, Folder, make_analysis
 from layercut.architecture import Member, find_stack
 from layercut.calibration import BuiltinCalibration, Calibration, CalibrationBase
@@ -51,13 +52,13 @@ def plan_recipe(
         recipe = load_recipe(recipe, overrides)
     named = out or (recipe.output and recipe.output.path)
     sharing = partial(sharing_filesystem, output_of(recipe, out)) if named else None
-    return build_plan(recipe, resolve=resolve, measure=partial(_measured, progress=progress), sharing=sharing)
+    return build_plan(recipe, resolve=partial(resolve, progress=progress), measure=partial(_measured, progress=progress), sharing=sharing)
 
 
 def _measured(members: Mapping[str, Member], metrics: Sequence[Metric], calibration: Calibration, *, progress: bool) -> Measurement:
     from layercut.engine import measure  # the only road into torch
 
-    checkpoints = {alias: member.checkpoint for alias, member in members.items()}
+    checkpoints = {alias: fetching.fetch_whole(member.checkpoint, progress=progress) for alias, member in members.items()}
     depths = {alias: member.stack.depth for alias, member in members.items()}
     prefixes = {alias: member.stack.prefix for alias, member in members.items()}
     return measure(checkpoints, metrics, calibration, depths=depths, prefixes=prefixes, progress=progress)
@@ -154,6 +155,7 @@ def run_recipe(
         check_vacant(place, overwrite)  # before the long work, and again before writing
     made = recipe if isinstance(recipe, Plan) else plan_recipe(recipe, out=folder, progress=progress)
     wanted = _wanted(made)
+    made = fetching.fetch(made, whole=_evaluated(made), progress=progress)
     report = execute(made, folder, overwrite=overwrite, restart=restart, progress=progress, started=started)
     if wanted is not None:
         report = report.with_evaluation(evaluate(wanted, Path(made.sources[made.donor].folder), folder, progress=progress))
@@ -170,6 +172,16 @@ def _wanted(plan: Plan) -> Evaluate | None:
         place = ".".join(("recipe", *map(str, first["loc"])))
         hint = "make the plan again with: layercut plan RECIPE -o FILE"
         raise LayercutError(f"plan holds a recipe that this version cannot read: {place}: {first['msg']}", hint=hint) from None
+
+
+def outstanding(plan: Plan) -> list[str]:
+    """What a run of the plan would fetch from the Hub first, in words, a line for each model."""
+    return fetching.outstanding(plan, whole=_evaluated(plan))
+
+
+def _evaluated(plan: Plan) -> tuple[str, ...]:
+    """Aliases of the sources that are loaded as a whole."""
+    return () if _wanted(plan) is None else (plan.donor,)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Plan:

@@ -17,7 +17,10 @@ def cache_folder() -> Path:
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it downloaded, by the rules of its documentation; the client itself is not imported for it."""
+    """Where huggingface_hub keeps what it downloads, as it read its settings or, not imported yet, will by its documented rules."""
+    client = sys.modules.get("huggingface_hub.constants")
+    if client is not None:
+        return _expanded(str(client.HF_HUB_CACHE))
     named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     home = os.environ.get("HF_HOME")
     return _expanded(named) if named else (_expanded(home) if home else _user_cache() / "huggingface") / "hub"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import signal
@@ -10,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 from layercut import api, display, gallery
 from layercut.analysis import PAGE
 from layercut.architecture import find_stack
+from layercut.caches import OFFLINE
 from layercut.errors import LayercutError, OutputError, printable
+from layercut.hubfaults import UnreachableError, scrubbed
 from layercut.metrics import Metric, MetricSpec
 from layercut.recipe import Recipe
 from layercut.report import REPORT, read_report
@@ -39,6 +42,19 @@ overrides = click.option(
 quiet = click.option("--quiet", "-q", is_flag=True, help="No progress bars on stderr.")
 
 
+def _go_offline(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """For this command, the environment forbids all libraries to ask the Hub."""
+    if value:
+        before = os.environ.get(OFFLINE[0])
+        os.environ[OFFLINE[0]] = "1"
+        context.call_on_close(lambda: os.environ.pop(OFFLINE[0]) if before is None else os.environ.update({OFFLINE[0]: before}))
+
+
+offline = click.option(
+    "--offline", is_flag=True, expose_value=False, callback=_go_offline, help="Ask no network: models of the Hub come from the local cache."
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="layercut")
 def cli() -> None:
@@ -52,6 +68,7 @@ def cli() -> None:
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run wrote, instead of going on from it.")
 @overrides
 @as_json
+@offline
 @quiet
 def run(recipe: str, out: str | None, overwrite: bool, restart: bool, overrides: Sequence[str], as_json: bool, quiet: bool) -> None:
     """Plan, write, check and evaluate, as the recipe says."""
@@ -67,6 +84,7 @@ def run(recipe: str, out: str | None, overwrite: bool, restart: bool, overrides:
 @click.option("-o", "--output", metavar="FILE", help="Write the plan as JSON; `layercut run FILE` does exactly what it says.")
 @overrides
 @as_json
+@offline
 @quiet
 def plan(recipe: str, output: str | None, overrides: Sequence[str], as_json: bool, quiet: bool) -> None:
     """Decide everything, write no model."""
@@ -77,6 +95,8 @@ def plan(recipe: str, output: str | None, overrides: Sequence[str], as_json: boo
         except OSError as error:
             raise OutputError(f"cannot write the plan: {error.strerror}", where=output) from None
     _echo(_plain(made.to_json()) if as_json else display.plan_text(made), nl=not as_json)
+    for line in api.outstanding(made):
+        click.echo(f"to fetch before it is done: {line}", err=True)
     if output is not None:
         click.echo(f"to do this: layercut run {output}", err=True)
 
@@ -108,6 +128,7 @@ def _metric(text: str) -> Metric:
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a sequence at most, instead of the recipe's number or 512.")
 @overrides
 @as_json
+@offline
 @quiet
 def analyze(
     target: str,
@@ -131,11 +152,14 @@ def analyze(
 
 @cli.command()
 @click.argument("model")
+@offline
 @as_json
 def inspect(model: str, as_json: bool) -> None:
     """Show layers, sizes, dtypes, what in the config depends on the layers, and how layercut made the model, if it did."""
     checkpoint = resolve(model)
     data = display.inspect_data(checkpoint, find_stack(checkpoint))
+    with suppress(UnreachableError):  # it is of use, not needed
+        checkpoint.path(REPORT)
     report = read_report(checkpoint.folder) if (checkpoint.folder / REPORT).is_file() else None
     if as_json:
         _echo(_dumps({**data, "report": None if report is None else report.model_dump(mode="json")}))
@@ -152,6 +176,7 @@ def inspect(model: str, as_json: bool) -> None:
 @click.option("--samples", type=click.IntRange(min=1), default=32, show_default=True, help="Windows of text at most.")
 @click.option("--max-length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a window.")
 @as_json
+@offline
 @quiet
 def evaluate(model: str, text: str | None, column: str | None, samples: int, max_length: int, as_json: bool, quiet: bool) -> None:
     """Measure perplexity on held-out text."""
@@ -160,7 +185,7 @@ def evaluate(model: str, text: str | None, column: str | None, samples: int, max
 
     common: dict[str, Any] = {"samples": samples, "max_length": max_length}
     data = BuiltinCalibration(**common) if text is None else TextCalibration(path=text, column=column, **common)
-    result = LanguageModel(resolve(model).folder).perplexity(data, progress=not quiet)
+    result = LanguageModel(resolve(model, whole=True, progress=not quiet).folder).perplexity(data, progress=not quiet)
     where = f"{result.source} text, {result.windows} windows of {result.max_length}, {result.dtype}"
     line = f"perplexity {result.value:.4f} on {result.tokens} tokens ({where})"
     _echo(_dumps(result.model_dump(mode="json")) if as_json else line)
@@ -171,6 +196,7 @@ def evaluate(model: str, text: str | None, column: str | None, samples: int, max
 @click.option("--no-contents", is_flag=True, help="Do not compare every byte with the sources.")
 @click.option("--no-load", is_flag=True, help="Do not load the model with transformers.")
 @as_json
+@offline
 @quiet
 def verify(folder: str, no_contents: bool, no_load: bool, as_json: bool, quiet: bool) -> None:
     """Check an output against its own report, its sources, and transformers."""
@@ -282,4 +308,4 @@ def _bug_report() -> str:
         traceback.format_exc().rstrip(),
         "```",
     ]
-    return "\n".join(lines)
+    return scrubbed("\n".join(lines))

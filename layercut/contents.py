@@ -16,18 +16,18 @@ from pydantic import ValidationError
 
 from layercut.architecture import Member, find_stack
 from layercut.arithmetic import made_pieces
-from layercut.caches import cache_folder
-from layercut.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from layercut.checkpoint import Checkpoint
 from layercut.copying import Range, SourceFiles
 from layercut.ends import find_ends
 from layercut.errors import CheckpointError, LayercutError
+from layercut.fetching import holes, spans_of
 from layercut.header import quoted
+from layercut.hubfaults import UnreachableError
 from layercut.layout import Cast, Layouter
-from layercut.pickled import holds_pickled, open_pickled
 from layercut.plan import TensorCopy, TensorMade
 from layercut.recipe import DTYPES, Recipe
 from layercut.report import Report, ReportSource
-from layercut.source import resolve
+from layercut.source import find_local, resolve
 from layercut.stack import models_of
 from layercut.start import end_scalings
 
@@ -72,6 +72,11 @@ def check_contents(output: Checkpoint, report: Report, *, progress: bool = False
     if len(report.layers) != depth:
         raise DiffersError(f"the report lists {len(report.layers)} layers, config.json states {depth}")
     content = expected(report)
+    for alias, member in content.members.items():
+        lacking = holes(member.checkpoint.folder, spans_of(content.entries, alias))
+        if lacking:
+            reference = report.sources[alias].reference
+            raise NotCheckedError(f"of source {quoted(alias)} ({quoted(reference)}) not all is in the local cache: {', '.join(lacking)}")
     wanted = {entry.name: entry for entry in content.entries}
     odd = min(wanted.keys() ^ output.tensors.keys(), default=None)
     if odd is not None:
@@ -131,19 +136,12 @@ def _find(source: ReportSource) -> Checkpoint:
     path = Path(os.path.expanduser(source.reference))  # noqa: PTH111 - Path.expanduser raises where there is no such user
     if source.revision is None and os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are none
         return resolve(source.reference)
-    from huggingface_hub import try_to_load_from_cache
-
-    repo = source.reference.partition("@")[0]
+    if source.revision is None:
+        raise CheckpointError("is gone")
     try:
-        config = None if source.revision is None else try_to_load_from_cache(repo, CONFIG, revision=source.revision)
-    except ValueError:  # not a name that a repository could have
-        config = None
-    if not isinstance(config, str):
-        raise CheckpointError("is gone" if source.revision is None else "is not in the local Hub cache")
-    folder = Path(config).parent
-    if holds_pickled(path.name for path in folder.iterdir()):
-        return open_pickled(folder, cache_folder(), reference=source.reference, revision=source.revision)
-    return open_checkpoint(folder, reference=source.reference, revision=source.revision)
+        return find_local(source.reference, source.revision)
+    except UnreachableError:
+        raise CheckpointError("is not in the local Hub cache") from None
 
 
 def _compare(output: Checkpoint, content: Content, progress: bool) -> Iterator[tuple[Entry, int]]:

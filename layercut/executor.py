@@ -19,6 +19,7 @@ from layercut.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint, weig
 from layercut.companions import left_out_reason
 from layercut.copying import Range, explained, sync
 from layercut.errors import CheckpointError, LayercutError, OutputError
+from layercut.fetching import check_here
 from layercut.header import ITEM_BITS, encode_header, parse_json, quoted
 from layercut.journal import NOTHING, Entry, Expected, Found, Identity, Journal, clear, read_journal, survey
 from layercut.plan import Actions, OutputFile, Part, Plan, TensorCopy, TensorMade
@@ -126,13 +127,14 @@ def _total(plan: Plan, headers: Mapping[str, bytes]) -> int:
 
 
 def open_sources(plan: Plan) -> dict[str, Checkpoint]:
-    """All sources by alias. Raises CheckpointError when one is gone, damaged, or has another structure than the plan saw."""
+    """All sources by alias. Raises CheckpointError when one is gone, damaged, not all here, or has another structure than the plan saw."""
     found: dict[str, Checkpoint] = {}
     for alias, source in plan.sources.items():
         found[alias] = open_checkpoint(Path(source.folder), reference=source.reference, revision=source.revision)
         sizes = {name: file.size for name, file in found[alias].files.items()}
         if (found[alias].digest, sizes) != (source.digest, source.files):
             raise CheckpointError("source changed since the plan was made", where=source.folder, hint="plan again")
+    check_here(plan)
     return found
 
 

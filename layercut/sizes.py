@@ -57,3 +57,13 @@ Written = Annotated[str, StringConstraints(pattern=f"^{AMOUNT}$")]
 Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | Written)]
 ParameterCount = Annotated[int, BeforeValidator(parse_count, json_schema_input_type=int | Written)]
 Number = Annotated[float, BeforeValidator(parse_number)]
+
+
+def shown_size(count: int) -> str:
+    """Bytes for people, in the units in which disks and models are sold."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"

@@ -16,6 +16,7 @@ from layercut.checkpoint import Checkpoint
 from layercut.copying import sync
 from layercut.errors import OutputError
 from layercut.header import quoted
+from layercut.sizes import shown_size
 
 # Room that is asked for beyond the bytes themselves: the report, folders, and what the file system keeps for its own use.
 SLACK = 32 << 20
@@ -106,7 +107,9 @@ def check_space(place: Place, needed: int, kept: Mapping[str, int] = MappingProx
             used, stays = state.st_blocks * 512, kept.get(os.path.relpath(path, place.content), 0)
             free += used if not stays else max(0, used - stays) if stays < state.st_size else 0
     if needed + SLACK > free:
-        raise OutputError(f"needs {_size(needed + SLACK)}, {_size(free)} free on {parent}", hint="free some space or choose another folder")
+        raise OutputError(
+            f"needs {shown_size(needed + SLACK)}, {shown_size(free)} free on {parent}", hint="free some space or choose another folder"
+        )
 
 
 def _existing(path: Path) -> Path:
@@ -117,16 +120,6 @@ def _existing(path: Path) -> Path:
 def _inside(path: Path, folder: Path) -> bool:
     """Whether `path` is `folder` or lies in it. By identity, not by name: names differ over bind mounts and letter case."""
     return folder.exists() and any(above.exists() and above.samefile(folder) for above in (path, *path.parents))
-
-
-def _size(count: int) -> str:
-    """Bytes for people, in the units in which disks and models are sold."""
-    value, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
 
 
 # Staging: a hidden folder beside the output, held by one run at a time

@@ -27,6 +27,17 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     yield
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Hub on this machine, with the client of this process before it, not logged in, its caches empty, and no pauses between tries."""
+    from hub import hasty, loopback
+
+    with loopback() as running:
+        running.connect(monkeypatch, tmp_path / "client")
+        hasty(monkeypatch)
+        yield running
+
+
 def write_safetensors(path: Path, tensors: Spec, metadata: dict[str, str] | None = None) -> None:
     """Write one safetensors file with nothing but struct and json."""
     header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}

@@ -17,11 +17,11 @@ import random
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import sleep
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -34,6 +34,13 @@ CANARY = "hf_canaryCANARYcanaryCANARYcanaryCAN"
 SIGNATURE = "s1gnaturecanary"
 """Part of every address of the CDN: who has it can read the file."""
 PIECE = 1 << 14
+
+
+def hasty(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Nobody waits between two tries; gives the list of the seconds that they would have."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    return waited
 
 
 @dataclass(frozen=True)
@@ -174,8 +181,7 @@ class Hub:
 
     def connect(self, monkeypatch: pytest.MonkeyPatch, cache: Path, token: str | None = None) -> None:
         """Point the client of this process here, with its caches under `cache`: it read its settings when it was imported."""
-        import huggingface_hub
-        from huggingface_hub import constants
+        from huggingface_hub import constants, hf_api
 
         for name, value in self.env(cache, token).items():
             if os.environ.get(name) != value:
@@ -191,7 +197,7 @@ class Hub:
         for name, value in {**values, **switches}.items():
             if hasattr(constants, name):
                 monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.endpoint)
+        monkeypatch.setattr(hf_api.api, "endpoint", self.endpoint)
 
     def offline(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As with HF_HUB_OFFLINE=1, for the client of this process."""
@@ -311,7 +317,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             else:
                 pause = fault.at if fault is not None and fault.kind == "slow" else 0
                 for begin in range(0, len(body), PIECE):
-                    time.sleep(pause)
+                    sleep(pause)
                     self.wfile.write(body[begin : begin + PIECE])
                     sent += len(body[begin : begin + PIECE])
         finally:

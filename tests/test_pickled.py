@@ -242,7 +242,7 @@ def test_safetensors_win(tmp_path: Path) -> None:
 
     folder = save(tmp_path / "model", {"a": torch.zeros(2)})
     save_file({"b": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
-    checkpoint = resolve(str(folder), cache=tmp_path / "cache")
+    checkpoint = resolve(str(folder))
     assert (checkpoint.folder, list(checkpoint.tensors)) == (folder, ["b"])
     assert not (tmp_path / "cache").exists()
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from layercut.sizes import Number, ParameterCount, Size, parse_count, parse_number, parse_size
+from layercut.sizes import Number, ParameterCount, Size, parse_count, parse_number, parse_size, shown_size
 
 
 @pytest.mark.parametrize(
@@ -115,3 +115,11 @@ def test_editors_are_told_both_ways_of_writing() -> None:
         assert plain == {"type": "integer"}
         assert text["type"] == "string"
     assert TypeAdapter(Number).json_schema() == {"type": "number"}
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (4_500_000_000, "4.5 GB"), (123 * 10**8, "12.3 GB"), (3 * 10**16, "30000.0 TB")],
+)
+def test_sizes_for_people(count: int, text: str) -> None:
+    assert shown_size(count) == text

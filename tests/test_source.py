@@ -1,26 +1,19 @@
 from __future__ import annotations
 
-import errno
-import hashlib
-import http.server
 import json
-import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
+from hub import Hub
 
+from layercut.caches import cache_folder, hub_cache
+from layercut.checkpoint import Checkpoint
 from layercut.errors import CheckpointError
 from layercut.header import encode_header
-from layercut.caches import cache_folder
-from layercut.source import resolve
-
-COMMIT = "a" * 40
-NEWER = "b" * 40
+from layercut.hubmodel import UNASKED
+from layercut.source import find_local, resolve, resolve_commit
 
 
 def weights(*names: str) -> bytes:
@@ -84,7 +77,9 @@ def test_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("~/model").folder == folder
 
 
-@pytest.mark.parametrize("reference", ["./none", "../none", "/none", "~/none", "~nobody-here/x", "a/b/c", ".\\none", "C:\\x", "none/"])
+@pytest.mark.parametrize(
+    "reference", ["./none", "../none", "/none", "~/none", "~nobody-here/x", "a/b/c", ".\\none", "C:\\x", "C:/x", "none/"]
+)
 def test_what_looks_like_a_path_is_one(reference: str) -> None:
     assert refusal(reference) == f"{reference}: no such folder"
 
@@ -128,19 +123,7 @@ def test_gguf_is_converted_into_the_cache(folder: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("LAYERCUT_CACHE", str(tmp_path / "mine"))
     checkpoint = resolve(str(file))
     assert (checkpoint.reference, checkpoint.folder) == (str(file), folder)
-    resolve(str(file), cache=tmp_path / "other")
-    assert asked == [(file, tmp_path / "mine"), (file, tmp_path / "other")]
-
-
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setenv("LAYERCUT_CACHE", "~/own")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_folder() == Path("/home/me/own")
-    monkeypatch.delenv("LAYERCUT_CACHE")
-    assert cache_folder() == Path("/xdg/layercut")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path("/home/me/.cache/layercut")
+    assert asked == [(file, tmp_path / "mine")]
 
 
 def test_a_folder_takes_no_heavy_module(folder: Path) -> None:
@@ -149,142 +132,118 @@ def test_a_folder_takes_no_heavy_module(folder: Path) -> None:
     assert {"torch", "transformers", "numpy", "datasets", "safetensors", "huggingface_hub", "gguf"} & set(loaded) == set()
 
 
-# ---- the Hub: the real client in a process of its own, before a cache on disk or a server on this machine
+@pytest.mark.parametrize("name", ["with spaces", "a+b", "at@main", "ünï-層", "org/name", "org/name@main", "#x"])
+def test_odd_names_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A folder is a folder, relative too, whatever its name, also when the Hub must not be asked."""
+    write(tmp_path / name, {"config.json": b"{}", "model.safetensors": weights("a")})
+    monkeypatch.chdir(tmp_path)
+    for reference in (name, f"./{name}", str(tmp_path / name)):
+        assert resolve(reference).folder == tmp_path / name
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as reading a model takes. `repos` are by name; `log` is what was asked."""
-
-    repos: ClassVar[dict[str, dict[str, bytes]]] = {}
-    log: ClassVar[list[str]] = []
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        path = self.path.split("?")[0]
-        self.log.append(path)
-        parts = path.removeprefix("/api/models").strip("/").split("/")
-        repo, (verb, revision, *rest) = "/".join(parts[:2]), [*parts[2:], "", ""][: max(len(parts) - 2, 2)]
-        files = self.repos.get(repo)
-        if repo == "org/broken":
-            return self.reply(500, b"", {})
-        if repo == "org/gated":
-            return self.reply(403, b"", {"X-Error-Code": "GatedRepo"})
-        if files is None:
-            return self.reply(401, b"", {"X-Error-Code": "RepoNotFound"})
-        if revision not in ("", "main", "v1", COMMIT):
-            return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        if verb == "resolve":
-            data = files["/".join(rest).replace("%20", " ").replace("%5B", "[").replace("%5D", "]")]
-            headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            return self.reply(200, data if body else b"", headers, len(data))
-        if verb == "tree":
-            return self.reply(200, json.dumps([entry(name, data) for name, data in files.items()]).encode(), {})
-        info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
-        return self.reply(200, json.dumps(info).encode(), {})
-
-    def reply(self, status: int, data: bytes, headers: dict[str, str], length: int | None = None) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data) if length is None else length))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-def entry(name: str, data: bytes) -> dict[str, Any]:
-    return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+# ---- the Hub: the real client before a server on this machine
 
 
 @pytest.fixture
-def hub() -> Iterator[str]:
-    """Address of a Hub that holds org/name."""
-    Hub.repos, Hub.log = {"org/name": MODEL}, []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+def model(hub: Hub) -> Hub:
+    """A Hub that holds org/name."""
+    hub.add("org/name", MODEL)
+    return hub
 
 
-CODE = """
-import json, sys
-from layercut.errors import CheckpointError
-from layercut.source import resolve
-try:
-    found = resolve(sys.argv[1])
-    along = [name for name, _ in found.companions]
-    print(json.dumps([str(found.folder), found.reference, found.revision, along, dict(found.left_out), list(found.tensors)]))
-except CheckpointError as error:
-    print(json.dumps(str(error)))
-print(*{"torch", "transformers", "numpy", "datasets"} & set(sys.modules))
-"""
+def names_along(checkpoint: Checkpoint) -> list[str]:
+    return [name for name, _ in checkpoint.companions]
 
 
-def ask(reference: str, cache: Path, endpoint: str = "", light: bool = True) -> Any:
-    """`resolve` with the client's settings read afresh; without an endpoint the Hub is switched off. `light`: nothing heavy is imported."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"} if endpoint else {"HF_HUB_OFFLINE": "1"}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    env = kept | settings | {"HF_HUB_CACHE": str(cache), "HF_HOME": str(cache.parent / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run([sys.executable, "-c", CODE, reference], capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
-    answer, heavy = done.stdout.splitlines()
-    assert heavy == "" or not light
-    return json.loads(answer)
+def test_only_what_describes_the_model_is_fetched(model: Hub) -> None:
+    checkpoint = resolve("org/name")
+    commit = model.repos["org/name"].branches["main"]
+    assert checkpoint.folder == cache_folder() / "hub" / "models--org--name" / "snapshots" / commit
+    assert (checkpoint.reference, checkpoint.revision) == ("org/name", commit)
+    assert (names_along(checkpoint), list(checkpoint.tensors)) == (GOES_ALONG, ["a", "b"])
+    assert set(dict(checkpoint.left_out)) == DENIED
+    assert dict(checkpoint.left_out)["pytorch_model.bin"] == "weights of the uncut model, in another format or copy"
+    small = {"config.json", "model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors"}
+    assert model.fetched() == {name: len(MODEL[name]) for name in small}
 
 
-def cached(cache: Path, files: dict[str, bytes], listing: dict[str, bytes] | None = None) -> Path:
-    """A cache as huggingface_hub lays it out, with main at COMMIT; `listing` are the files that the cache notes of the commit."""
-    repo = cache / "models--org--name"
-    snapshot = repo / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(COMMIT)
-    (repo / "blobs").mkdir()
-    for name, data in files.items():
-        blob = repo / "blobs" / hashlib.sha1(data).hexdigest()
-        blob.write_bytes(data)
-        (snapshot / name).parent.mkdir(exist_ok=True)
-        (snapshot / name).symlink_to(os.path.relpath(blob, (snapshot / name).parent))
-    if listing is not None:
-        note = {name: {"size": len(data), "blob_id": hashlib.sha1(data).hexdigest()} for name, data in listing.items()}
-        (repo / "trees").mkdir()
-        (repo / "trees" / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": note}))
-    return snapshot
+def test_whole(model: Hub) -> None:
+    checkpoint = resolve("org/name", whole=True)
+    assert checkpoint.folder == hub_cache() / "models--org--name" / "snapshots" / str(checkpoint.revision)
+    assert (names_along(checkpoint), set(dict(checkpoint.left_out))) == (GOES_ALONG, DENIED)
+    fetched = {name: data for name, data in MODEL.items() if name not in DENIED}
+    assert model.fetched() == {name: len(data) for name, data in fetched.items()}
+    assert {name: (checkpoint.folder / name).read_bytes() for name in fetched} == fetched
 
 
-def without(*prefixes: str) -> dict[str, bytes]:
-    return {name: data for name, data in MODEL.items() if not name.startswith(prefixes)}
+def test_what_is_here_is_not_fetched_again(model: Hub) -> None:
+    first = resolve("org/name")
+    model.log.clear()
+    assert resolve("org/name") == first
+    assert [request.path for request in model.log] == ["/api/models/org/name/revision/main"], "the branch is asked for its commit"
+    assert resolve(f"org/name@{first.revision}").folder == first.folder
+    assert len(model.log) == 1, "a commit asks for nothing"
 
 
-def test_download_takes_what_is_needed_and_no_more(tmp_path: Path, hub: str) -> None:
-    folder, reference, revision, along, left_out, tensors = ask("org/name", tmp_path / "hub", hub)
-    assert folder == str(tmp_path / "hub" / "models--org--name" / "snapshots" / COMMIT)
-    assert (reference, revision, along, tensors) == ("org/name", COMMIT, GOES_ALONG, ["a", "b"])
-    assert set(left_out) == DENIED and left_out["pytorch_model.bin"] == "weights of the uncut model, in another format or copy"
-    fetched = {path.split("/", 5)[5].replace("%20", " ").replace("%5B", "[").replace("%5D", "]") for path in Hub.log if "/resolve/" in path}
-    assert fetched == set(MODEL) - DENIED
+def test_a_file_that_goes_along_is_fetched_when_it_is_asked_for(model: Hub) -> None:
+    checkpoint = resolve("org/name")
+    assert not (checkpoint.folder / "tokenizer.json").exists()
+    assert checkpoint.path("tokenizer.json").read_bytes() == b"{}"
+    assert checkpoint.path("sub/notes.md").read_bytes() == b"notes"
+    assert checkpoint.path("none") == checkpoint.folder / "none"
 
 
-def test_the_second_time_nothing_is_asked(tmp_path: Path, hub: str) -> None:
-    first = ask("org/name", tmp_path / "hub", hub)
-    Hub.log.clear()
-    assert ask("org/name", tmp_path / "hub", hub) == first
-    assert Hub.log == []
-    assert ask("org/name", tmp_path / "hub") == first
+@pytest.mark.parametrize("revision", ["main", "v1", "feature/x", "refs/pr/1", "commit"])
+def test_revision(model: Hub, revision: str) -> None:
+    """The commit is that of the branch, tag, or pull request; main has moved on."""
+    repo = model.repos["org/name"]
+    old = repo.branches["main"]
+    repo.tag("v1")
+    repo.branch("feature/x")
+    repo.pull_request("please")
+    newest = repo.commit({"config.json": b'{"model_type": "gpt2"}'}, "newer")
+    checkpoint = resolve(f"org/name@{old if revision == 'commit' else revision}")
+    assert checkpoint.revision == (newest if revision == "main" else old)
+    assert checkpoint.config == {"model_type": "gpt2" if revision == "main" else "llama"}
 
 
-def test_one_file_of_weights(tmp_path: Path, hub: str) -> None:
-    Hub.repos["org/name"] = {"config.json": b"{}", "model.safetensors": weights("a"), "other.safetensors": weights("b")}
-    _, _, _, along, left_out, tensors = ask("org/name", tmp_path / "hub", hub)
-    assert (along, set(left_out), tensors) == ([], {"other.safetensors"}, ["a"])
+def test_a_plan_gets_the_commit_that_it_names(model: Hub) -> None:
+    old = resolve("org/name")
+    model.repos["org/name"].commit({"config.json": b"{}", "model-1.safetensors": weights("a", "c")}, "newer")
+    assert resolve_commit("org/name", str(old.revision)).folder == old.folder
+    assert resolve("org/name").revision != old.revision
+
+
+def test_renamed(model: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    model.rename("org/name", "new/name")
+    assert list(resolve("org/name", whole=True).tensors) == ["a", "b"]
+    assert "org/name: the repository is called new/name now\n" in capsys.readouterr().err
+
+
+def test_one_file_of_weights(hub: Hub) -> None:
+    hub.add("gpt2", {"config.json": b"{}", "model.safetensors": weights("a"), "other.safetensors": weights("b")})
+    checkpoint = resolve("gpt2")
+    assert (names_along(checkpoint), list(checkpoint.tensors)) == ([], ["a"])
+    assert "other.safetensors" in dict(checkpoint.left_out)
+
+
+def test_a_folder_of_the_cache_is_not_a_model(model: Hub) -> None:
+    """Its weight files have all their size, and little of their bytes."""
+    checkpoint = resolve("org/name")
+    hint = f"; name the model: org/name@{checkpoint.revision}"
+    expected = f"{checkpoint.folder}: a folder of layercut's own cache, in which only parts of the weights may be{hint}"
+    assert refusal(str(checkpoint.folder)) == expected
+
+
+def test_nothing_heavy_is_imported(model: Hub, tmp_path: Path) -> None:
+    code = "import sys; from layercut.source import resolve; print(resolve('org/name').revision); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=model.env(tmp_path / "x"), capture_output=True, text=True, check=True)
+    commit, modules = done.stdout.splitlines()
+    assert commit == model.repos["org/name"].branches["main"]
+    assert {"torch", "transformers", "numpy", "datasets"} & set(modules.split()) == set()
+
+
+# pickled weights
 
 
 def pickled(**tensors: int) -> bytes:
@@ -298,115 +257,181 @@ def pickled(**tensors: int) -> bytes:
     return file.getvalue()
 
 
-PICKLED_MODEL = {
-    "config.json": b'{"model_type": "llama"}',
-    "pytorch_model.bin.index.json": index({"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}),
-    "pytorch_model-1.bin": pickled(a=4),
-    "pytorch_model-2.bin": pickled(b=4),
-    "pytorch_model-3.bin": b"in no index",
-    "tokenizer.json": b"{}",
-    "training_args.bin": b"evil",
-}
+@pytest.fixture(scope="module")
+def pickled_model() -> dict[str, bytes]:
+    return {
+        "config.json": b'{"model_type": "llama"}',
+        "pytorch_model.bin.index.json": index({"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}),
+        "pytorch_model-1.bin": pickled(a=4),
+        "pytorch_model-2.bin": pickled(b=4),
+        "pytorch_model-3.bin": b"in no index",
+        "tokenizer.json": b"{}",
+        "training_args.bin": b"evil",
+    }
 
 
-def test_repository_of_pickled_weights(tmp_path: Path, hub: str) -> None:
-    """The files of its index are downloaded and converted; the next time neither the Hub nor torch is asked."""
-    Hub.repos["org/name"] = PICKLED_MODEL
-    first = ask("org/name", tmp_path / "hub", hub, light=False)
-    folder, reference, revision, along, left_out, tensors = first
-    assert "/pickled/" in folder and (reference, revision, along, tensors) == ("org/name", COMMIT, ["tokenizer.json"], ["a", "b"])
-    assert left_out == {
+def test_repository_of_pickled_weights(hub: Hub, pickled_model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of its index are downloaded and converted; offline, what was made is found again."""
+    hub.add("org/name", pickled_model)
+    checkpoint = resolve("org/name")
+    assert checkpoint.folder.parent.name == "pickled"
+    assert (checkpoint.revision, names_along(checkpoint)) == (hub.repos["org/name"].branches["main"], ["tokenizer.json"])
+    assert dict(checkpoint.left_out) == {
+        ".gitattributes": "version control or cache, not the model",
         "pytorch_model-3.bin": "weights of the uncut model, in another format or copy",
         "training_args.bin": "pickle of a training run: runs code when it is read",
     }
-    fetched = {path.split("/", 5)[5] for path in Hub.log if "/resolve/" in path}
-    assert fetched == set(PICKLED_MODEL) - {"pytorch_model-3.bin", "training_args.bin"}
-    Hub.log.clear()
-    assert ask("org/name", tmp_path / "hub", hub) == first == ask("org/name", tmp_path / "hub")
-    assert Hub.log == []
+    assert set(hub.fetched()) == set(pickled_model) - {"pytorch_model-3.bin", "training_args.bin"}
+    hub.offline(monkeypatch)
+    hub.log.clear()
+    assert resolve("org/name") == checkpoint
+    assert hub.log == []
 
 
-def test_repository_of_one_pickled_file(tmp_path: Path, hub: str) -> None:
-    Hub.repos["org/name"] = {"config.json": b"{}", "pytorch_model.bin": pickled(a=4, b=2)}
-    assert ask("org/name", tmp_path / "hub", hub, light=False)[5] == ["a", "b"]
+def test_repository_of_one_pickled_file(hub: Hub) -> None:
+    hub.add("org/name", {"config.json": b"{}", "pytorch_model.bin": pickled(a=4, b=2)})
+    assert list(resolve("org/name").tensors) == ["a", "b"]
 
 
-def test_repository_that_lacks_a_pickled_shard(tmp_path: Path, hub: str) -> None:
-    Hub.repos["org/name"] = {name: data for name, data in PICKLED_MODEL.items() if name != "pytorch_model-2.bin"}
-    expected = "org/name: the repository lacks 'pytorch_model-2.bin', which its index names"
-    assert ask("org/name", tmp_path / "hub", hub) == expected
+def test_repository_that_lacks_a_pickled_shard(hub: Hub, pickled_model: dict[str, bytes]) -> None:
+    hub.add("org/name", {name: data for name, data in pickled_model.items() if name != "pytorch_model-2.bin"})
+    assert refusal("org/name") == "org/name: the repository lacks 'pytorch_model-2.bin', which its index names"
 
 
-def test_cache_of_pickled_weights_needs_no_network(tmp_path: Path) -> None:
-    cached(tmp_path / "hub", PICKLED_MODEL)
-    assert ask("org/name", tmp_path / "hub", light=False)[5] == ["a", "b"]
+# a cache, offline or without a network
 
 
-@pytest.mark.parametrize("revision", ["v1", COMMIT])
-def test_revision(tmp_path: Path, hub: str, revision: str) -> None:
-    _, reference, commit, *_ = ask(f"org/name@{revision}", tmp_path / "hub", hub)
-    assert (reference, commit) == (f"org/name@{revision}", COMMIT)
-    assert ask(f"org/name@{revision}", tmp_path / "hub")[2] == COMMIT
+FORBIDDEN = "HF_HUB_OFFLINE forbids to ask the Hub: unset it, or leave out --offline"
+UNKNOWN = (
+    "no such folder, and not in the local Hub cache, and HF_HUB_OFFLINE forbids to ask the Hub; "
+    "unset it to download the model, or leave out --offline, or give a folder"
+)
 
 
-def test_complete_cache_needs_no_network(tmp_path: Path) -> None:
-    snapshot = cached(tmp_path / "hub", {name: data for name, data in MODEL.items() if name not in DENIED}, MODEL)
-    folder, _, revision, along, left_out, tensors = ask("org/name", tmp_path / "hub")
-    assert (folder, revision, along, set(left_out), tensors) == (str(snapshot), COMMIT, GOES_ALONG, DENIED, ["a", "b"])
+def unplug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is gone, and nobody said so."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
 
 
-def test_partial_cache_is_filled(tmp_path: Path, hub: str) -> None:
-    """As transformers leaves it: config and weights, no tokenizer, no listing."""
-    cached(tmp_path / "hub", without("tokenizer", "odd", "sub", *DENIED))
-    _, _, _, along, left_out, _ = ask("org/name", tmp_path / "hub", hub)
-    assert (along, set(left_out)) == (GOES_ALONG, DENIED)
+def download(hub: Hub, *patterns: str, revision: str = "main") -> Path:
+    """What another program left in the Hub cache."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download("org/name", revision=revision, allow_patterns=list(patterns) or None))
 
 
-def test_partial_cache_without_the_hub_says_what_is_missing(tmp_path: Path) -> None:
-    cached(tmp_path / "hub", without("tokenizer", *DENIED), MODEL)
-    _, _, _, along, left_out, tensors = ask("org/name", tmp_path / "hub")
-    assert (along, tensors) == (GOES_ALONG[:-1], ["a", "b"])
-    assert left_out["tokenizer.json"] == "not in the local cache, and the Hub could not be asked"
-    assert set(left_out) == DENIED | {"tokenizer.json"}
+def test_complete_cache_needs_no_network(model: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = download(model)
+    model.offline(monkeypatch)
+    model.log.clear()
+    for whole in (False, True):
+        checkpoint = resolve("org/name", whole=whole)
+        assert (checkpoint.folder, checkpoint.revision, names_along(checkpoint)) == (snapshot, snapshot.name, GOES_ALONG)
+        assert set(dict(checkpoint.left_out)) == DENIED
+    assert model.log == []
 
 
-def test_partial_cache_without_listing(tmp_path: Path) -> None:
-    cached(tmp_path / "hub", without("tokenizer", *DENIED))
-    left_out = ask("org/name", tmp_path / "hub", "http://127.0.0.1:9")[4]
-    assert left_out == {"files of the repository": "not in the local cache, and the Hub could not be asked"}
+def test_the_network_may_be_gone(model: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    snapshot = download(model)
+    capsys.readouterr()
+    unplug(monkeypatch)
+    assert resolve("org/name").folder == snapshot
+    expected = f"org/name: the Hub cannot be reached; the commit in the local cache is taken, {snapshot.name}\n"
+    assert capsys.readouterr().err == expected
 
 
-OFFLINE = "no such folder, and not in the local Hub cache, and HF_HUB_OFFLINE forbids to ask the Hub; "
-OFFLINE += "unset HF_HUB_OFFLINE to download it, or give a folder"
-UNREACHABLE = "no such folder, and not in the local Hub cache, and the Hub cannot be reached; check the network, or give a folder"
+def test_cache_of_transformers_lacks_what_it_does_not_read(model: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Config and weights, no tokenizer: offline the rest is listed as left out, with the network it goes along."""
+    download(model, "config.json", "model*.safetensors", "*.index.json")
+    assert names_along(resolve("org/name")) == GOES_ALONG
+    model.offline(monkeypatch)
+    checkpoint = resolve("org/name")
+    assert (names_along(checkpoint), list(checkpoint.tensors)) == ([], ["a", "b"])
+    assert {name for name, reason in checkpoint.left_out if reason == UNASKED} == set(GOES_ALONG)
 
 
-def test_cache_that_lacks_weights(tmp_path: Path) -> None:
-    cached(tmp_path / "hub", without("model-2"), MODEL)
-    assert ask("org/name", tmp_path / "hub") == f"org/name: {OFFLINE}"
+def test_cache_without_listing(model: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an older client leaves it."""
+    snapshot = download(model, "config.json", "model*.safetensors", "*.index.json")
+    (snapshot.parent.parent / "trees" / f"{snapshot.name}.json").unlink()
+    model.offline(monkeypatch)
+    assert dict(resolve("org/name").left_out) == {"files of the repository": UNASKED}
 
 
-@pytest.mark.parametrize("reference", ["org/name", "gpt2", "org/name@v1", f"org/name@{NEWER}"])
-def test_offline(tmp_path: Path, reference: str) -> None:
-    assert ask(reference, tmp_path / "hub") == f"{reference}: {OFFLINE}"
+def test_offline_names_the_files_that_are_missing(model: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    download(model, "config.json", "model-1.safetensors")
+    model.offline(monkeypatch)
+    assert refusal("org/name") == f"org/name: not in the local cache: model.safetensors.index.json; {FORBIDDEN}"
 
 
-def test_no_network(tmp_path: Path) -> None:
-    assert ask("org/name", tmp_path / "hub", "http://127.0.0.1:9") == f"org/name: {UNREACHABLE}"
+def test_offline_names_all_weights_that_are_missing(model: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    download(model, "config.json", "*.index.json")
+    model.offline(monkeypatch)
+    assert refusal("org/name") == f"org/name: not in the local cache: model-1.safetensors, model-2.safetensors; {FORBIDDEN}"
+    with pytest.raises(CheckpointError) as caught:
+        resolve("org/name", whole=True)
+    assert str(caught.value) == f"org/name: not in the local cache: model-1.safetensors, model-2.safetensors; {FORBIDDEN}"
+
+
+def test_headers_are_enough_to_plan_offline(model: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    online = resolve("org/name")
+    model.offline(monkeypatch)
+    offline = resolve("org/name")
+    assert (offline.tensors, offline.digest) == (online.tensors, online.digest)
+
+
+@pytest.mark.parametrize("reference", ["org/name", "gpt2", "org/name@v1", f"org/name@{'b' * 40}"])
+def test_offline_and_not_here(model: Hub, monkeypatch: pytest.MonkeyPatch, reference: str) -> None:
+    model.offline(monkeypatch)
+    assert refusal(reference) == f"{reference}: {UNKNOWN}"
+    assert model.log == []
+
+
+def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    unplug(monkeypatch)
+    why = "no such folder, and not in the local Hub cache, and the Hub cannot be reached; check the network, or give a folder"
+    assert refusal("org/name") == f"org/name: {why}"
+
+
+def test_find_local_asks_nobody(model: Hub) -> None:
+    checkpoint = resolve("org/name")
+    model.log.clear()
+    assert find_local("org/name@main", str(checkpoint.revision)).digest == checkpoint.digest
+    with pytest.raises(CheckpointError, match="not in the local Hub cache"):
+        find_local("org/name", "b" * 40)
+    assert model.log == []
+
+
+# what cannot be cut
+
+
+def without(*prefixes: str) -> dict[str, bytes]:
+    return {name: data for name, data in MODEL.items() if not name.startswith(prefixes)}
 
 
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
         ("org/none", "no such folder, and no such model on the Hub, or a private one; check the name; for a private model: hf auth login"),
-        ("org/gated", "a gated model; ask for access at https://huggingface.co/org/gated, then: hf auth login"),
-        ("org/name@no", "no revision 'no'; give a branch, a tag, or a commit"),
+        ("org/name@no", "no revision 'no'; give a branch, a tag, a commit, or refs/pr/N"),
         ("org/na..me", "no such folder, and not a Hub id; a Hub id looks like org/name"),
         ("a b", "no such folder, and not a Hub id; a Hub id looks like org/name"),
+        ("models/a+b", "no such folder, and not a Hub id; a Hub id looks like org/name"),
+        ("modèles/層", "no such folder, and not a Hub id; a Hub id looks like org/name"),
     ],
 )
-def test_hub_says_no(tmp_path: Path, hub: str, reference: str, message: str) -> None:
-    assert ask(reference, tmp_path / "hub", hub) == f"{reference}: {message}"
+def test_hub_says_no(model: Hub, reference: str, message: str) -> None:
+    assert refusal(reference) == f"{reference}: {message}"
+
+
+def test_gated(model: Hub) -> None:
+    model.add("org/gated", MODEL, gated=True)
+    assert refusal("org/gated") == (
+        f"org/gated: a gated model, and no token; ask for access at {model.endpoint}/org/gated, then: hf auth login"
+    )
 
 
 @pytest.mark.parametrize(
@@ -425,10 +450,7 @@ def test_hub_says_no(tmp_path: Path, hub: str, reference: str, message: str) -> 
             "org/name: an adapter lies beside the model, and loaders apply it without asking; "
             "merge it into the model, or move adapter_config.json away",
         ),
-        (
-            without("model-2"),
-            "org/name: the repository lacks 'model-2.safetensors', which its index names",
-        ),
+        (without("model-2"), "org/name: the repository lacks 'model-2.safetensors', which its index names"),
         (
             MODEL | {"model.safetensors": weights("a", "b")},
             "org/name: both model.safetensors and an index of other files: loaders disagree on which are the weights; "
@@ -436,55 +458,51 @@ def test_hub_says_no(tmp_path: Path, hub: str, reference: str, message: str) -> 
         ),
     ],
 )
-def test_repository_that_cannot_be_cut(tmp_path: Path, hub: str, files: dict[str, bytes], message: str) -> None:
-    Hub.repos["org/name"] = files
-    assert ask("org/name", tmp_path / "hub", hub) == message
-    assert not any("safetensors/" in path or path.endswith(".safetensors") for path in Hub.log), "weights were fetched for nothing"
+def test_repository_that_cannot_be_cut(hub: Hub, files: dict[str, bytes], message: str) -> None:
+    hub.add("org/name", files)
+    assert refusal("org/name") == message
+    assert not any(name.endswith(".safetensors") for name in hub.fetched()), "weights were fetched for nothing"
 
 
-def test_index_of_a_repository_must_stay_inside(tmp_path: Path, hub: str) -> None:
-    Hub.repos["org/name"] = MODEL | {"model.safetensors.index.json": index({"a": "../../../x"})}
-    answer = ask("org/name", tmp_path / "hub", hub)
-    assert answer.endswith("weight_map names '../../../x', which is not a plain path inside the folder")
+def test_index_of_a_repository_must_stay_inside(hub: Hub) -> None:
+    hub.add("org/name", MODEL | {"model.safetensors.index.json": index({"a": "../../../x"})})
+    assert refusal("org/name").endswith("weight_map names '../../../x', which is not a plain path inside the folder")
 
 
-def raised(name: str) -> Exception:
-    """The client's own exceptions, made as it makes them."""
-    import httpx2
-    from huggingface_hub import errors
-
-    request = httpx2.Request("GET", "https://huggingface.co")
-    made: dict[str, Exception] = {
-        "full": OSError(errno.ENOSPC, "No space left on device"),
-        "denied": PermissionError(errno.EACCES, "Permission denied"),
-        "timeout": httpx2.ReadTimeout("slow"),
-        "reset": ConnectionResetError("reset"),
-        "xet": errors.XetDownloadError("CAS\nsays no"),
-    }
-    for status in (401, 403, 429, 503):
-        made[str(status)] = errors.HfHubHTTPError("no", response=httpx2.Response(status, request=request))
-    return made[name]
+def test_header_that_is_none(hub: Hub) -> None:
+    """What it says of its length is not believed: no more than the start is fetched."""
+    hub.add("org/name", {"config.json": b"{}", "model.safetensors": (1 << 40).to_bytes(8, "little") + bytes(200_000)})
+    assert "header" in refusal("org/name")
+    assert hub.sent("model.safetensors") == 1 << 15
+    hub.add("org/short", {"config.json": b"{}", "model.safetensors": b"1234"})
+    assert "model.safetensors: " in refusal("org/short")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("full", "no room on the disk for the download; free some, or set HF_HOME to a folder on a larger disk"),
-        ("denied", "the download failed: [Errno 13] Permission denied"),
-        ("timeout", UNREACHABLE),
-        ("reset", UNREACHABLE),
-        ("xet", "the download failed: CAS says no"),
-        ("401", "the Hub refuses access (401); log in with: hf auth login"),
-        ("403", "the Hub refuses access (403); log in with: hf auth login"),
-        ("429", "the Hub answers 429; try again later"),
-        ("503", "the Hub answers 503; try again later"),
-    ],
-)
-def test_other_failures(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
-    import huggingface_hub
+def test_long_header(hub: Hub) -> None:
+    names = [f"tensor.{number:06}" for number in range(2000)]
+    data = weights(*names)
+    hub.add("org/name", {"config.json": b"{}", "model.safetensors": data + b""})
+    assert list(resolve("org/name").tensors) == names
+    assert hub.sent("model.safetensors") == 8 + int.from_bytes(data[:8], "little") < len(data)
 
-    def fail(*_: object, **__: object) -> None:
-        raise raised(name)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    assert refusal("org/name") == f"org/name: {message}"
+def test_server_without_ranges(hub: Hub) -> None:
+    """The start of a file can still be had alone, a rest only with the file."""
+    hub.ranges = False
+    data = weights(*(f"tensor.{number:06}" for number in range(2000)))
+    hub.add("org/name", {"config.json": b"{}", "model.safetensors": data})
+    assert len(resolve("org/name").tensors) == 2000
+
+
+def test_a_listing_of_nonsense(model: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hubroutes
+
+    true = hubroutes._entry
+    monkeypatch.setattr(hubroutes, "_entry", lambda name, blob: true(name, blob) | ({"size": -1} if name == "tokenizer.json" else {}))
+    assert refusal("org/name").startswith("org/name: the Hub lists 'tokenizer.json' with the size -1 and the digest ")
+
+
+def test_config_that_is_too_long(model: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layercut.hubmodel.MAX_JSON", 10)
+    assert refusal("org/name") == "org/name: config.json is 23 bytes, over the 10 that layercut reads"
+    assert model.fetched() == {}

@@ -154,14 +154,6 @@ def test_what_is_kept_does_not_count(place, monkeypatch):
     check_space(place, 2 << 20, {"half": 1 << 20})
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (4_500_000_000, "4.5 GB"), (123 * 10**8, "12.3 GB"), (3 * 10**16, "30000.0 TB")],
-)
-def test_sizes_for_people(count, text):
-    assert staging._size(count) == text
-
-
 # Staging
 
 
