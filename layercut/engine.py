@@ -15,16 +15,16 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from layercut.accumulators import Accumulators, Model, Schedule
+from layercut.accumulators import Accumulators, Model
 from layercut.calibration import Calibration, Tally, passages, samples
 from layercut.checkpoint import Checkpoint
 from layercut.encoding import SharedTokenizer
 from layercut.errors import CalibrationError
-from layercut.loading import load_backbone, load_tokenizer, pick_device, quiet
+from layercut.loading import load_tokenizer, pick_device, quiet
 from layercut.metric import Metric
 from layercut.plan import Measurement
-from layercut.resident import Resident
-from layercut.runner import Runner
+from layercut.schedules import pick_schedule
+from layercut.streaming import Source
 from layercut.tokens import Sample, check_index
 
 READ_AHEAD = 64
@@ -41,13 +41,15 @@ def measure(
     progress: bool = True,
     dtype: str | None = None,
     device: str | None = None,
+    memory: int | None = None,
 ) -> Measurement:
     """Measure the distances between all boundaries of all models on the same tokens.
 
     `depths` gives the number of layers of each model and `prefixes` where its checkpoint keeps them. The result has a table
     for each metric and each pair of models (a, b) with a before or equal to b, of (depth of a + 1) x (depth of b + 1)
-    distances. Metrics that are
-    directed have a table for (b, a) as well. Standard errors take the sample as the unit.
+    distances. Metrics that are directed have a table for (b, a) as well. Standard errors take the sample as the unit.
+
+    `memory` is what the process may take, in bytes; None for what is free. Models that do not fit are streamed layer by layer.
 
     Raises CalibrationError when the text does not do, CheckpointError when a model does not load, runs out of finite
     numbers or has no layers where they should be, and RefusedError when two models cannot be compared.
@@ -62,23 +64,14 @@ def measure(
     if first is None:
         raise CalibrationError("the calibration text gives no tokens")
     sequences = itertools.islice(itertools.chain([first], sequences), calibration.samples)
-    schedule = _schedule(models, where, dtype, depths, prefixes or {})
+    sources = [Source(alias, model, depths[alias], (prefixes or {}).get(alias)) for alias, model in models.items()]
+    schedule, reason = pick_schedule(sources, where, dtype, memory, progress=progress)
     accumulators = Accumulators(schedule.models, metrics)
     used = Used()
     with tqdm(total=calibration.samples, desc="measuring", unit="sample", disable=not progress, leave=False) as bar, quiet():
         schedule.run(used.counted(_batches(sequences, calibration.batch_size), bar), accumulators)
-    details = _details(schedule.models, tokenizer, calibration, tally, where)
+    details = _details(schedule.models, tokenizer, calibration, tally, where, reason)
     return Measurement(tables=accumulators.tables(), samples=used.samples, tokens=used.tokens, details=details)
-
-
-def _schedule(
-    models: Mapping[str, Checkpoint], where: torch.device, dtype: str | None, depths: Mapping[str, int], prefixes: Mapping[str, str]
-) -> Schedule:
-    """The way in which the models are run."""
-    return Resident(
-        [Runner(alias, load_backbone(model.folder, where, dtype), depths[alias], prefixes.get(alias)) for alias, model in models.items()],
-        where,
-    )
 
 
 @dataclass
@@ -107,7 +100,7 @@ def _batches(sequences: Iterator[list[int]], size: int) -> Iterator[list[Sample]
 
 
 def _details(
-    models: Sequence[Model], tokenizer: SharedTokenizer, calibration: Calibration, tally: Tally, where: torch.device
+    models: Sequence[Model], tokenizer: SharedTokenizer, calibration: Calibration, tally: Tally, where: torch.device, reason: str
 ) -> dict[str, Any]:
     return {
         **calibration.model_dump(mode="json", exclude={"batch_size", "bos"}),
@@ -117,7 +110,8 @@ def _details(
         "bos_policy": calibration.bos,
         "prefix": tokenizer.tokens(tokenizer.prefix),
         "dtype": {model.alias: str(model.dtype).removeprefix("torch.") for model in models},
-        "device": where.type if where.type == "cpu" else f"{where} ({torch.cuda.get_device_name(where)})",
+        "device": f"{where} ({torch.cuda.get_device_name(where)})" if where.type == "cuda" else where.type,
+        "schedule": reason,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +15,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as chatter
 
 from layercut.calibration import first_line
+from layercut.checkpoint import Checkpoint
 from layercut.errors import CalibrationError, CheckpointError, LayercutError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 """Dtypes that a model can be measured in."""
+STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @contextmanager
@@ -58,6 +60,17 @@ def pick_dtype(device: torch.device, dtype: str | None = None) -> torch.dtype | 
     return DTYPES[dtype]
 
 
+def settled_dtype(checkpoint: Checkpoint, device: torch.device, dtype: str | None = None) -> torch.dtype:
+    """The dtype of `pick_dtype`, and where that is the checkpoint's own, which one it is: by config.json, else its first float tensor."""
+    picked = pick_dtype(device, dtype)
+    if picked != "auto":
+        return picked
+    config = checkpoint.config
+    named = config.get("dtype") or config.get("torch_dtype")
+    stored = next((tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in STORED), "F32")
+    return DTYPES.get(str(named), STORED[stored])
+
+
 def load_backbone(folder: Path, device: torch.device, dtype: str | None = None) -> nn.Module:
     """The model without its LM head, in eval mode, without KV cache. Raises CheckpointError when a weight is missing."""
     model: nn.Module = _load(AutoModel, folder, device, dtype, use_cache=False)
@@ -88,6 +101,12 @@ def _load(kind: Any, folder: Path, device: torch.device, dtype: str | None, **co
         raise own_code(error, folder) or CheckpointError(
             f"transformers cannot load this model: {first_line(error)}", where=folder
         ) from None
+    check_complete(found, folder)
+    return model.to(device).eval()
+
+
+def check_complete(found: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointError when transformers says that it missed a weight, or found one of another shape."""
     missing = sorted(found["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -96,7 +115,6 @@ def _load(kind: Any, folder: Path, device: torch.device, dtype: str | None, **co
     if mismatched:
         name, has, wants = mismatched[0]
         raise CheckpointError(f"{name} has shape {list(has)}, but config.json asks for {list(wants)}", where=folder)
-    return model.to(device).eval()
 
 
 def own_code(error: Exception, folder: Path) -> CheckpointError | None:

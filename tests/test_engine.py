@@ -18,7 +18,7 @@ import torch
 from conftest import byte_tokenizer, tiny_model
 from torch import nn
 
-from layercut import accumulators, encoding, engine
+from layercut import accumulators, encoding, engine, schedules
 from layercut.calibration import BuiltinCalibration, TextCalibration
 from layercut.checkpoint import open_checkpoint
 from layercut.engine import measure
@@ -256,7 +256,7 @@ class Spy:
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     made = Spy()
-    monkeypatch.setattr(engine, "load_backbone", made)
+    monkeypatch.setattr(schedules, "load_backbone", made)
     return made
 
 
@@ -320,7 +320,8 @@ def test_details(tiny: Tiny, tmp_path: Path) -> None:
     assert found.details == {
         "source": "text", "path": str(tmp_path / "t.jsonl"), "column": None, "samples": 16, "max_length": 64,
         "documents_read": 5, "documents_skipped": 2, "bos": "not added", "bos_policy": "auto", "prefix": [],
-        "dtype": {"m": "float32"}, "device": "cpu", "torch": torch.__version__, "transformers": transformers.__version__,
+        "dtype": {"m": "float32"}, "device": "cpu", "schedule": "resident: 255.6 kB of weights in float32",
+        "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     assert Measurement.model_validate_json(found.model_dump_json()) == found
 
