@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from layercut.accumulators import Schedule
+from layercut.caches import cache_folder
 from layercut.loading import load_backbone, pick_dtype, settled_dtype
 from layercut.memory import Room, room_of, shown, whole_size
 from layercut.resident import Resident
 from layercut.runner import Runner
-from layercut.caches import cache_folder
 from layercut.streaming import Source, Streamed
 
 ACTIVATIONS = 1.2
