@@ -29,7 +29,7 @@ from layercut.sharing import sharing_filesystem
 from layercut.smallfile import read_small
 from layercut.source import resolve
 from layercut.staging import Place, check_vacant
-from layercut.start import givers, open_members
+from layercut.start import Resolve, givers, open_members
 
 # Tells a plan from a recipe that is written as JSON, in whatever order its keys stand.
 PLAN = re.compile(rb'(?<!\\)"format"\s*:\s*"layercut-plan/')
@@ -80,7 +80,7 @@ def analyze(
     that replace the recipe's: `samples`, `max_length`, `path`, `column`. `overrides` are `KEY=VALUE` for a recipe in a file. With `out`
     the tables, pictures and the page are written to that folder. Raises LayercutError with one clear line.
     """
-    subject = _subject(target, overrides)
+    subject = _subject(target, overrides, partial(resolve, progress=progress))
     wanted = tuple({metric.label: metric for metric in metrics or subject.metrics}.values())
     calibration = _changed(subject.calibration, text)
     folder = None if out is None else Folder(_folder_of(out), overwrite)
@@ -100,7 +100,7 @@ class _Subject(NamedTuple):
     calibration: Calibration
 
 
-def _subject(target: Recipe | str | Path, overrides: Sequence[str]) -> _Subject:
+def _subject(target: Recipe | str | Path, overrides: Sequence[str], resolve: Resolve) -> _Subject:
     """A recipe, its file, or a model."""
     path = Path(os.path.expanduser(target)) if isinstance(target, str | Path) else None  # noqa: PTH111
     if path is not None and path.suffix.lower() in RECIPES:
