@@ -112,32 +112,70 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.process_time() - began
 
 
-def compare(setting: Setting, rounds: int, peer: Path | None, build: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
+class Peer(NamedTuple):
+    """short-transformers: its environment, and the model as its transformers reads it."""
+
+    python: Path
+    folder: Path
+    ids: Path
+
+
+class Theirs(NamedTuple):
+    """One run of short-transformers."""
+
+    seconds: float
+    first: list[float]
+    """Distances of single layers, first layer first."""
+
+
+def make_peer(python: Path, setting: Setting, build: Path) -> Peer:
+    """Write tokens, and a copy of the model whose config.json has the key that transformers 4 reads the base of its angles from."""
+    folder, ids = build / "peer", build / "ids.json"
+    folder.mkdir(exist_ok=True)
+    for path in setting.folder.iterdir():
+        (folder / path.name).unlink(missing_ok=True)
+        (folder / path.name).symlink_to(path.resolve())
+    config = json.loads((setting.folder / "config.json").read_text(encoding="utf-8"))
+    theta = config.get("rope_parameters", {}).get("rope_theta")
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | ({} if theta is None else {"rope_theta": theta})), encoding="utf-8")
+    ids.write_text(json.dumps([sample.ids for batch in setting.batches for sample in batch]), encoding="utf-8")
+    return Peer(python, folder, ids)
+
+
+def compare(setting: Setting, rounds: int, peer: Peer | None) -> tuple[dict[str, list[float]], dict[str, Theirs]]:
     """Seconds of every run in every round, and of short-transformers by metric, its runs spread over the rounds."""
     measured: dict[str, list[float]] = {}
-    theirs: dict[str, float] = {}
+    theirs: dict[str, Theirs] = {}
     ways = runs(setting)
-    shares = [PEER_METRICS[number::rounds] for number in range(rounds)]
-    for number, share in enumerate(shares):
+    for number in range(rounds):
         for name, run in ways.items():
             measured.setdefault(name, []).append(seconds(run))
             print(f"round {number}, {name}: {measured[name][-1]:.2f} s", file=sys.stderr)
-        for metric in share if peer is not None else ():
-            theirs[metric] = peer_seconds(peer, setting, metric, build)
-            print(f"round {number}, short-transformers, {metric}: {theirs[metric]:.2f} s", file=sys.stderr)
+        for metric in PEER_METRICS[number::rounds] if peer is not None else ():
+            assert peer is not None
+            theirs[metric] = peer_run(peer, metric)
+            print(f"round {number}, short-transformers, {metric}: {theirs[metric].seconds:.2f} s", file=sys.stderr)
     return measured, theirs
 
 
-def peer_seconds(python: Path | None, setting: Setting, metric: str, build: Path) -> float:
-    """Processor time of short-transformers with one of its metrics. Raises SystemExit with the end of its output when it fails."""
-    path = build / "ids.json"
-    path.write_text(json.dumps([sample.ids for batch in setting.batches for sample in batch]), encoding="utf-8")
-    command = [str(python), str(HERE / "engine_peer.py"), str(setting.folder), str(path), metric]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPYCACHEPREFIX": str(build / "compiled")}
+def peer_run(peer: Peer, metric: str) -> Theirs:
+    """Run short-transformers with one of its metrics. Raises SystemExit with the end of its output when it fails."""
+    command = [str(peer.python), str(HERE / "engine_peer.py"), str(peer.folder), str(peer.ids), metric]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPYCACHEPREFIX": str(peer.ids.parent / "compiled")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return Theirs(found["seconds"], found["first"])
+
+
+def disagreement(setting: Setting, theirs: Mapping[str, Theirs]) -> dict[str, float]:
+    """The largest difference between distances of single layers, for the metrics that both define alike."""
+    tables = runs(setting)[next(iter(RUNS))]()
+    ours = {"angular last": 0, "angular all": 1, "bi": 2}
+    pairs = {name: (tables[at].mean, theirs[name].first) for name, at in ours.items() if name in theirs}
+    return {name: max(abs(mean[layer][layer + 1] - value) for layer, value in enumerate(first)) for name, (mean, first) in pairs.items()}
 
 
 def ratios(measured: Mapping[str, Sequence[float]], name: str, base: str = BARE) -> list[float]:
@@ -145,7 +183,7 @@ def ratios(measured: Mapping[str, Sequence[float]], name: str, base: str = BARE)
     return [one / other for one, other in zip(measured[name], measured[base], strict=True)]
 
 
-def verdicts(measured: Mapping[str, Sequence[float]], theirs: Mapping[str, float]) -> list[tuple[str, float, float]]:
+def verdicts(measured: Mapping[str, Sequence[float]], theirs: Mapping[str, Theirs]) -> list[tuple[str, float, float]]:
     """What is promised: in words, as it was measured, and at most."""
     found = [
         (f"{name}, in seconds of a {BARE}", statistics.median(ratios(measured, name)), limit)
@@ -153,12 +191,12 @@ def verdicts(measured: Mapping[str, Sequence[float]], theirs: Mapping[str, float
     ]
     if theirs:
         name = list(RUNS)[1]
-        share = statistics.median(measured[name]) / sum(theirs.values())
+        share = statistics.median(measured[name]) / sum(run.seconds for run in theirs.values())
         found.append((f"{name}, in seconds of short-transformers for its {len(theirs)} metrics", share, PEER_SHARE))
     return found
 
 
-def table(measured: Mapping[str, Sequence[float]], theirs: Mapping[str, float]) -> str:
+def table(measured: Mapping[str, Sequence[float]], theirs: Mapping[str, Theirs]) -> str:
     """Medians, and how they compare to a bare pass."""
     lines = ["| run | CPU s | in passes with head | from | to |", "|---|---:|---:|---:|---:|"]
     for name, values in measured.items():
@@ -168,10 +206,10 @@ def table(measured: Mapping[str, Sequence[float]], theirs: Mapping[str, float]) 
             f"| {label} | {statistics.median(values):.2f} | {statistics.median(found):.3f} | {min(found):.3f} | {max(found):.3f} |"
         )
     bare = statistics.median(measured[BARE])
-    for metric, value in theirs.items():
-        lines.append(f"| short-transformers: {metric} | {value:.2f} | {value / bare:.3f} | | |")
+    for metric, run in theirs.items():
+        lines.append(f"| short-transformers: {metric} | {run.seconds:.2f} | {run.seconds / bare:.3f} | | |")
     if theirs:
-        total = sum(theirs.values())
+        total = sum(run.seconds for run in theirs.values())
         lines.append(f"| short-transformers: all {len(theirs)} | {total:.2f} | {total / bare:.3f} | | |")
     return "\n".join(lines)
 
@@ -181,13 +219,16 @@ def promises(found: Sequence[tuple[str, float, float]]) -> str:
     return "\n".join([*lines, *(f"| {name} | {value:.3f} | {limit} |" for name, value, limit in found)])
 
 
-def document(setting: Setting, measured: Mapping[str, Sequence[float]], theirs: Mapping[str, float], name: str, batch: int) -> str:
-    rounds = len(measured[BARE])
+def document(
+    setting: Setting, measured: Mapping[str, Sequence[float]], theirs: Mapping[str, Theirs], apart: Mapping[str, float], name: str
+) -> str:
+    rounds, size = len(measured[BARE]), len(setting.batches[0])
     count = sum(len(batch) for batch in setting.batches)
+    agreed = ", ".join(f"{value:.1e} ({metric})" for metric, value in apart.items())
     return f"""\
 # The distance engine against a forward pass and short-transformers
 
-{name}, float32, {count} samples, {setting.tokens} tokens, {batch} samples at once, one thread; seconds of processor time. Medians
+{name}, float32, {count} samples, {setting.tokens} tokens, {size} samples at once, one thread; seconds of processor time. Medians
 of {rounds} rounds in which all take turns; each ratio is of two runs of one round. layercut's runs hold everything from tokens to tables,
 standard errors included; short-transformers 1.0.0 (transformers 4.46.3, the same PyTorch) runs sample by sample, once for each of its
 metrics, without standard errors. Loading counts for none.
@@ -197,6 +238,8 @@ metrics, without standard errors. Loading counts for none.
 {promises(verdicts(measured, theirs))}
 
 {table(measured, theirs)}
+
+{f"Distances of single layers that both define alike differ by at most {agreed}." if apart else ""}
 """
 
 
@@ -242,14 +285,17 @@ def main() -> int:
     build = Path(given.build).resolve()
     build.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    peer = None if given.no_peer else Path(given.peer).absolute() if given.peer else make_environment(build)
     setting = prepare(Path(given.model) if given.model else smollm2(build), given.samples, given.length, given.batch_size)
-    measured, theirs = compare(setting, given.rounds, peer, build)
+    peer = None
+    if not given.no_peer:
+        peer = make_peer(Path(given.peer).absolute() if given.peer else make_environment(build), setting, build)
+    measured, theirs = compare(setting, given.rounds, peer)
     found = verdicts(measured, theirs)
     print(f"{promises(found)}\n\n{table(measured, theirs)}")
     if given.report is not None:
         name = Path(given.model).name if given.model else "SmolLM2-135M-Instruct"
-        Path(given.report).write_text(document(setting, measured, theirs, name, given.batch_size), encoding="utf-8")
+        page = document(setting, measured, theirs, disagreement(setting, theirs), name)
+        Path(given.report).write_text(page.rstrip() + "\n", encoding="utf-8")
     return 0 if all(value <= limit for _, value, limit in found) else 1
 
 

@@ -352,9 +352,9 @@ def test_engine_runs_measure_what_they_say(tiny: Callable[..., Path]) -> None:
     assert labels == ["angular[last]", "angular[all]", "cosine[all]", "relative_magnitude[all]", "euclidean[all]"]
 
 
-def test_engine_compares_round_by_round(tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_engine_compares_round_by_round(tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     setting = speed.prepare(tiny("llama"), 2, 16, 2)
-    measured, theirs = speed.compare(setting, 3, None, tmp_path)
+    measured, theirs = speed.compare(setting, 3, None)
     assert theirs == {}
     assert {name: len(values) for name, values in measured.items()} == dict.fromkeys([speed.BARE, speed.BACKBONE, *speed.RUNS], 3)
     assert all(value > 0 for values in measured.values() for value in values)
@@ -373,7 +373,7 @@ MEASURED = {
 
 def test_engine_verdicts() -> None:
     # round by round 0.9, 0.85, 0.95 and 1.3, 1.1, 1.2; the median of the second, 13, in 60 of the other tool
-    theirs = {"one": 30.0, "two": 30.0}
+    theirs = {"one": speed.Theirs(30.0, []), "two": speed.Theirs(30.0, [])}
     assert [(value, limit) for _, value, limit in speed.verdicts(MEASURED, theirs)] == [
         (pytest.approx(0.9), 0.92),
         (pytest.approx(1.2), 1.3),
@@ -388,7 +388,8 @@ def test_engine_verdicts() -> None:
 
 def test_engine_page() -> None:
     setting = speed.Setting(Path("m"), [[Sample(0, [1] * 4)], [Sample(1, [1] * 3)]])
-    page = speed.document(setting, MEASURED, {"one": 60.0}, "Model", 1)
+    page = speed.document(setting, MEASURED, {"one": speed.Theirs(60.0, [])}, {"bi": 1.5e-6}, "Model")
+    assert page.endswith("differ by at most 1.5e-06 (bi).\n")
     assert "Model, float32, 2 samples, 7 tokens, 1 samples at once" in page
     assert f"| {FIRST}, in seconds of a forward with head | 0.900 | 0.92 |" in page
 
@@ -417,11 +418,15 @@ def get_euclidian_dist_ith_token(i): return f"euclidean {i}"
 """
 
 
-def test_engine_peer_gives_it_the_same_tokens(tmp_path: Path) -> None:
-    package = tmp_path / "short_transformers"
+def fake_peer(folder: Path) -> None:
+    package = folder / "short_transformers"
     package.mkdir()
     (package / "__init__.py").write_text(FAKE, encoding="utf-8")
     (package / "dist.py").write_text(DIST, encoding="utf-8")
+
+
+def test_engine_peer_gives_it_the_same_tokens(tmp_path: Path) -> None:
+    fake_peer(tmp_path)
     (tmp_path / "ids.json").write_text("[[5, 6, 7], [8]]", encoding="utf-8")
     command = [sys.executable, str(BENCHMARKS / "engine_peer.py"), "folder", str(tmp_path / "ids.json"), "linear last"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True)
@@ -434,6 +439,25 @@ def test_engine_peer_gives_it_the_same_tokens(tmp_path: Path) -> None:
     assert (
         peer.METRICS == speed.PEER_METRICS == ("angular last", "angular all", "linear last", "euclidean last", "bi", "relative magnitude")
     )
+
+
+def test_engine_runs_its_peer_over_the_same_model(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_peer(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    setting = speed.prepare(tiny("llama"), 2, 16, 2)
+    made = speed.make_peer(Path(sys.executable), setting, tmp_path)
+    config = json.loads((made.folder / "config.json").read_text(encoding="utf-8"))
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert (made.folder / "model.safetensors").resolve() == (tiny("llama") / "model.safetensors").resolve()
+    assert json.loads(made.ids.read_text(encoding="utf-8")) == [sample.ids for sample in setting.batches[0]]
+    theirs = {metric: speed.peer_run(made, metric) for metric in ("angular last", "bi")}
+    assert theirs["bi"].first == [0.5, 0.25]
+    apart = speed.disagreement(setting, theirs)
+    table = speed.runs(setting)[FIRST]()[2]
+    assert apart["bi"] == max(abs(table.mean[0][1] - 0.5), abs(table.mean[1][2] - 0.25))
+    assert list(apart) == ["angular last", "bi"]
+    with pytest.raises(SystemExit, match="KeyError: 'nonesuch'"):
+        speed.peer_run(made, "nonesuch")
 
 
 def test_engine_pins_what_it_installs() -> None:
