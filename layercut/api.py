@@ -41,27 +41,36 @@ SURVEY = (Angular(), Angular(token="all"), Cosine(), RelativeMagnitude(), Euclid
 
 
 def plan_recipe(
-    recipe: Recipe | str | Path, *, out: str | Path | None = None, overrides: Sequence[str] = (), progress: bool = True
+    recipe: Recipe | str | Path,
+    *,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    memory: int | None = None,
+    progress: bool = True,
 ) -> Plan:
     """Plan a recipe, or the recipe in a file with `KEY=VALUE` overrides. Measures only when the recipe leaves something to distance.
 
-    `out` takes the place of the recipe's output: files are laid out for the filesystem that it lies on. Raises LayercutError with
-    one clear line.
+    `out` takes the place of the recipe's output: files are laid out for the filesystem that it lies on. `memory` is what the process
+    may take while it measures, in bytes; None for what is free. Models that do not fit are streamed layer by layer, which gives the
+    same numbers. Raises LayercutError with one clear line.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     named = out or (recipe.output and recipe.output.path)
     sharing = partial(sharing_filesystem, output_of(recipe, out)) if named else None
-    return build_plan(recipe, resolve=partial(resolve, progress=progress), measure=partial(_measured, progress=progress), sharing=sharing)
+    measured = partial(_measured, progress=progress, memory=memory)
+    return build_plan(recipe, resolve=partial(resolve, progress=progress), measure=measured, sharing=sharing)
 
 
-def _measured(members: Mapping[str, Member], metrics: Sequence[Metric], calibration: Calibration, *, progress: bool) -> Measurement:
+def _measured(
+    members: Mapping[str, Member], metrics: Sequence[Metric], calibration: Calibration, *, progress: bool, memory: int | None
+) -> Measurement:
     from layercut.engine import measure  # the only road into torch
 
     checkpoints = {alias: fetching.fetch_whole(member.checkpoint, progress=progress) for alias, member in members.items()}
     depths = {alias: member.stack.depth for alias, member in members.items()}
     prefixes = {alias: member.stack.prefix for alias, member in members.items()}
-    return measure(checkpoints, metrics, calibration, depths=depths, prefixes=prefixes, progress=progress)
+    return measure(checkpoints, metrics, calibration, depths=depths, prefixes=prefixes, progress=progress, memory=memory)
 
 
 def analyze(
@@ -72,13 +81,14 @@ def analyze(
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
     overwrite: bool = False,
+    memory: int | None = None,
     progress: bool = True,
 ) -> Analysis:
     """Measure the distances of a model, or of the models that layers are taken from in a recipe, in one pass.
 
     `metrics` are measured instead of the recipe's; of a model all that need no fit are by default. `text` holds keys of `calibration`
     that replace the recipe's: `samples`, `max_length`, `path`, `column`. `overrides` are `KEY=VALUE` for a recipe in a file. With `out`
-    the tables, pictures and the page are written to that folder. Raises LayercutError with one clear line.
+    the tables, pictures and the page are written to that folder. `memory` is as in `plan_recipe`. Raises LayercutError with one clear line.
     """
     subject = _subject(target, overrides, partial(resolve, progress=progress))
     wanted = tuple({metric.label: metric for metric in metrics or subject.metrics}.values())
@@ -86,7 +96,7 @@ def analyze(
     folder = None if out is None else Folder(_folder_of(out), overwrite)
     if folder is not None:
         folder.check(subject.members)
-    analysis = make_analysis(subject.members, _measured(subject.members, wanted, calibration, progress=progress))
+    analysis = make_analysis(subject.members, _measured(subject.members, wanted, calibration, progress=progress, memory=memory))
     if folder is not None:
         folder.write(analysis, subject.members)
     return analysis
@@ -139,12 +149,14 @@ def run_recipe(
     overwrite: bool = False,
     restart: bool = False,
     overrides: Sequence[str] = (),
+    memory: int | None = None,
     progress: bool = True,
 ) -> Report:
     """Plan, write, check and evaluate, as the recipe says. A plan (or the file of one) is executed as it stands.
 
     `out` takes the place of the recipe's output. Raises LayercutError with one clear line; the output folder is complete or
-    does not exist. What a stopped run with the same plan wrote is gone on from, or with `restart` thrown away.
+    does not exist. What a stopped run with the same plan wrote is gone on from, or with `restart` thrown away. `memory` is as in
+    `plan_recipe`.
     """
     started = time.time()
     if not isinstance(recipe, Recipe | Plan):
@@ -153,7 +165,7 @@ def run_recipe(
     place = Place(folder, Path(os.path.realpath(folder)))
     if restart or not published(place):
         check_vacant(place, overwrite)  # before the long work, and again before writing
-    made = recipe if isinstance(recipe, Plan) else plan_recipe(recipe, out=folder, progress=progress)
+    made = recipe if isinstance(recipe, Plan) else plan_recipe(recipe, out=folder, memory=memory, progress=progress)
     wanted = _wanted(made)
     made = fetching.fetch(made, whole=_evaluated(made), progress=progress)
     report = execute(made, folder, overwrite=overwrite, restart=restart, progress=progress, started=started)

@@ -27,6 +27,7 @@ from layercut.hubfaults import UnreachableError, scrubbed
 from layercut.metrics import Metric, MetricSpec
 from layercut.recipe import Recipe
 from layercut.report import REPORT, read_report
+from layercut.sizes import parse_size
 from layercut.source import resolve
 from layercut.version import __version__
 from layercut.yamltext import YamlText
@@ -55,6 +56,21 @@ offline = click.option(
 )
 
 
+def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+memory = click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=_size,
+    help="Memory that measuring may take, for example 8GB, instead of what is free. A larger model is streamed layer by layer.",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="layercut")
 def cli() -> None:
@@ -67,15 +83,16 @@ def cli() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that holds something.")
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run wrote, instead of going on from it.")
 @overrides
+@memory
 @as_json
 @offline
 @quiet
-def run(recipe: str, out: str | None, overwrite: bool, restart: bool, overrides: Sequence[str], as_json: bool, quiet: bool) -> None:
+def run(recipe: str, out: str | None, overrides: Sequence[str], as_json: bool, quiet: bool, **choices: Any) -> None:
     """Plan, write, check and evaluate, as the recipe says."""
     loaded = api.load(recipe, overrides)
     folder = api.output_of(loaded, out)
     with _terminated_as_interrupted():
-        report = api.run_recipe(loaded, out=folder, overwrite=overwrite, restart=restart, progress=not quiet)
+        report = api.run_recipe(loaded, out=folder, progress=not quiet, **choices)
     _echo(_plain(report.to_json()) if as_json else display.report_text(report, folder), nl=not as_json)
 
 
@@ -83,12 +100,13 @@ def run(recipe: str, out: str | None, overwrite: bool, restart: bool, overrides:
 @click.argument("recipe")
 @click.option("-o", "--output", metavar="FILE", help="Write the plan as JSON; `layercut run FILE` does exactly what it says.")
 @overrides
+@memory
 @as_json
 @offline
 @quiet
-def plan(recipe: str, output: str | None, overrides: Sequence[str], as_json: bool, quiet: bool) -> None:
+def plan(recipe: str, output: str | None, overrides: Sequence[str], memory: int | None, as_json: bool, quiet: bool) -> None:
     """Decide everything, write no model."""
-    made = api.plan_recipe(recipe, overrides=overrides, progress=not quiet)
+    made = api.plan_recipe(recipe, overrides=overrides, memory=memory, progress=not quiet)
     if output is not None:
         try:
             Path(output).write_text(made.to_json(), encoding="utf-8")
@@ -127,6 +145,7 @@ def _metric(text: str) -> Metric:
 @click.option("--samples", type=click.IntRange(min=1), help="Token sequences at most, instead of the recipe's number or 128.")
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a sequence at most, instead of the recipe's number or 512.")
 @overrides
+@memory
 @as_json
 @offline
 @quiet
@@ -136,6 +155,7 @@ def analyze(
     overwrite: bool,
     metrics: Sequence[str],
     overrides: Sequence[str],
+    memory: int | None,
     as_json: bool,
     quiet: bool,
     **text: Any,
@@ -144,7 +164,8 @@ def analyze(
     settings = {{"text": "path"}.get(name, name): value for name, value in text.items() if value is not None}
     wanted = [_metric(metric) for metric in metrics]
     with _terminated_as_interrupted():
-        found = api.analyze(target, metrics=wanted, text=settings, overrides=overrides, out=output, overwrite=overwrite, progress=not quiet)
+        options: dict[str, Any] = {"overrides": overrides, "out": output, "overwrite": overwrite, "memory": memory}
+        found = api.analyze(target, metrics=wanted, text=settings, progress=not quiet, **options)
     _echo(_plain(found.to_json()) if as_json else display.analysis_text(found), nl=not as_json)
     if output is not None:
         click.echo(f"to look at it: {Path(output) / PAGE}", err=True)
