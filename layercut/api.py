@@ -23,6 +23,7 @@ from layercut.header import quoted
 from layercut.metrics import Angular, Cosine, Euclidean, Metric, RelativeMagnitude
 from layercut.plan import MAX_PLAN, Measurement, Plan
 from layercut.planner import build_plan
+from layercut.ranks import ALONE, Ranks
 from layercut.recipe import Evaluate, Recipe, load_recipe
 from layercut.report import Report, write_report
 from layercut.sharing import sharing_filesystem
@@ -46,31 +47,35 @@ def plan_recipe(
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     memory: int | None = None,
+    ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> Plan:
     """Plan a recipe, or the recipe in a file with `KEY=VALUE` overrides. Measures only when the recipe leaves something to distance.
 
     `out` takes the place of the recipe's output: files are laid out for the filesystem that it lies on. `memory` is what the process
     may take while it measures, in bytes; None for what is free. Models that do not fit are streamed layer by layer, which gives the
-    same numbers. Raises LayercutError with one clear line.
+    same numbers. `ranks` are the processes that share the samples, each of which makes the same plan. Raises LayercutError with one
+    clear line.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     named = out or (recipe.output and recipe.output.path)
     sharing = partial(sharing_filesystem, output_of(recipe, out)) if named else None
-    measured = partial(_measured, progress=progress, memory=memory)
+    measured = partial(_measured, progress=progress, memory=memory, ranks=ranks)
     return build_plan(recipe, resolve=partial(resolve, progress=progress), measure=measured, sharing=sharing)
 
 
 def _measured(
-    members: Mapping[str, Member], metrics: Sequence[Metric], calibration: Calibration, *, progress: bool, memory: int | None
+    members: Mapping[str, Member], metrics: Sequence[Metric], calibration: Calibration, *, progress: bool, memory: int | None, ranks: Ranks
 ) -> Measurement:
     from layercut.engine import measure  # the only road into torch
 
     checkpoints = {alias: fetching.fetch_whole(member.checkpoint, progress=progress) for alias, member in members.items()}
     depths = {alias: member.stack.depth for alias, member in members.items()}
     prefixes = {alias: member.stack.prefix for alias, member in members.items()}
-    return measure(checkpoints, metrics, calibration, depths=depths, prefixes=prefixes, progress=progress, memory=memory)
+    return measure(
+        checkpoints, metrics, calibration, depths=depths, prefixes=prefixes, progress=progress and ranks.main, memory=memory, ranks=ranks
+    )
 
 
 def analyze(
@@ -82,21 +87,25 @@ def analyze(
     out: str | Path | None = None,
     overwrite: bool = False,
     memory: int | None = None,
+    ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> Analysis:
     """Measure the distances of a model, or of the models that layers are taken from in a recipe, in one pass.
 
     `metrics` are measured instead of the recipe's; of a model all that need no fit are by default. `text` holds keys of `calibration`
     that replace the recipe's: `samples`, `max_length`, `path`, `column`. `overrides` are `KEY=VALUE` for a recipe in a file. With `out`
-    the tables, pictures and the page are written to that folder. `memory` is as in `plan_recipe`. Raises LayercutError with one clear line.
+    the tables, pictures and the page are written to that folder. `memory` and `ranks` are as in `plan_recipe`; the
+    main rank writes. Raises LayercutError with one clear line.
     """
     subject = _subject(target, overrides, partial(resolve, progress=progress))
     wanted = tuple({metric.label: metric for metric in metrics or subject.metrics}.values())
     calibration = _changed(subject.calibration, text)
-    folder = None if out is None else Folder(_folder_of(out), overwrite)
+    folder = None if out is None or not ranks.main else Folder(_folder_of(out), overwrite)
     if folder is not None:
         folder.check(subject.members)
-    analysis = make_analysis(subject.members, _measured(subject.members, wanted, calibration, progress=progress, memory=memory))
+    analysis = make_analysis(
+        subject.members, _measured(subject.members, wanted, calibration, progress=progress, memory=memory, ranks=ranks)
+    )
     if folder is not None:
         folder.write(analysis, subject.members)
     return analysis
@@ -150,29 +159,40 @@ def run_recipe(
     restart: bool = False,
     overrides: Sequence[str] = (),
     memory: int | None = None,
+    ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> Report:
     """Plan, write, check and evaluate, as the recipe says. A plan (or the file of one) is executed as it stands.
 
     `out` takes the place of the recipe's output. Raises LayercutError with one clear line; the output folder is complete or
-    does not exist. What a stopped run with the same plan wrote is gone on from, or with `restart` thrown away. `memory` is as in
-    `plan_recipe`.
+    does not exist. What a stopped run with the same plan wrote is gone on from, or with `restart` thrown away. `memory` and
+    `ranks` are as in `plan_recipe`; the main rank writes, and every rank is given the report.
     """
     started = time.time()
     if not isinstance(recipe, Recipe | Plan):
         recipe = load(recipe, overrides)
+    if not ranks.main:
+        return _followed(recipe, output_of(recipe, out), memory, ranks)
     folder = output_of(recipe, out)
     place = Place(folder, Path(os.path.realpath(folder)))
     if restart or not published(place):
         check_vacant(place, overwrite)  # before the long work, and again before writing
-    made = recipe if isinstance(recipe, Plan) else plan_recipe(recipe, out=folder, memory=memory, progress=progress)
+    made = recipe if isinstance(recipe, Plan) else plan_recipe(recipe, out=folder, memory=memory, ranks=ranks, progress=progress)
     wanted = _wanted(made)
     made = fetching.fetch(made, whole=_evaluated(made), progress=progress)
     report = execute(made, folder, overwrite=overwrite, restart=restart, progress=progress, started=started)
     if wanted is not None:
         report = report.with_evaluation(evaluate(wanted, Path(made.sources[made.donor].folder), folder, progress=progress))
         write_report(folder, report)
+    ranks.hand_out("report", report.to_json())
     return report
+
+
+def _followed(recipe: Recipe | Plan, folder: Path, memory: int | None, ranks: Ranks) -> Report:
+    """The part of a rank that does not write: it measures its share, and is given the report."""
+    if isinstance(recipe, Recipe):
+        plan_recipe(recipe, out=folder, memory=memory, ranks=ranks, progress=False)
+    return Report.model_validate_json(ranks.hand_out("report"))
 
 
 def _wanted(plan: Plan) -> Evaluate | None:

@@ -25,6 +25,7 @@ from layercut.caches import OFFLINE
 from layercut.errors import LayercutError, OutputError, printable
 from layercut.hubfaults import UnreachableError, scrubbed
 from layercut.metrics import Metric, MetricSpec
+from layercut.ranks import SilentError, joined
 from layercut.recipe import Recipe
 from layercut.report import REPORT, read_report
 from layercut.sizes import parse_size
@@ -91,8 +92,10 @@ def run(recipe: str, out: str | None, overrides: Sequence[str], as_json: bool, q
     """Plan, write, check and evaluate, as the recipe says."""
     loaded = api.load(recipe, overrides)
     folder = api.output_of(loaded, out)
-    with _terminated_as_interrupted():
-        report = api.run_recipe(loaded, out=folder, progress=not quiet, **choices)
+    with _terminated_as_interrupted(), joined() as ranks:
+        report = api.run_recipe(loaded, out=folder, progress=not quiet and ranks.main, ranks=ranks, **choices)
+    if not ranks.main:
+        return
     _echo(_plain(report.to_json()) if as_json else display.report_text(report, folder), nl=not as_json)
 
 
@@ -106,7 +109,10 @@ def run(recipe: str, out: str | None, overrides: Sequence[str], as_json: bool, q
 @quiet
 def plan(recipe: str, output: str | None, overrides: Sequence[str], memory: int | None, as_json: bool, quiet: bool) -> None:
     """Decide everything, write no model."""
-    made = api.plan_recipe(recipe, overrides=overrides, memory=memory, progress=not quiet)
+    with joined() as ranks:
+        made = api.plan_recipe(recipe, overrides=overrides, memory=memory, ranks=ranks, progress=not quiet and ranks.main)
+    if not ranks.main:
+        return
     if output is not None:
         try:
             Path(output).write_text(made.to_json(), encoding="utf-8")
@@ -163,9 +169,11 @@ def analyze(
     """Measure the distances between all states of a model, or of the models of a recipe: which blocks could go."""
     settings = {{"text": "path"}.get(name, name): value for name, value in text.items() if value is not None}
     wanted = [_metric(metric) for metric in metrics]
-    with _terminated_as_interrupted():
-        options: dict[str, Any] = {"overrides": overrides, "out": output, "overwrite": overwrite, "memory": memory}
-        found = api.analyze(target, metrics=wanted, text=settings, progress=not quiet, **options)
+    with _terminated_as_interrupted(), joined() as ranks:
+        options: dict[str, Any] = {"overrides": overrides, "out": output, "overwrite": overwrite, "memory": memory, "ranks": ranks}
+        found = api.analyze(target, metrics=wanted, text=settings, progress=not quiet and ranks.main, **options)
+    if not ranks.main:
+        return
     _echo(_plain(found.to_json()) if as_json else display.analysis_text(found), nl=not as_json)
     if output is not None:
         click.echo(f"to look at it: {Path(output) / PAGE}", err=True)
@@ -284,6 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[..., Any] = cli.main
     try:
         command(args=None if argv is None else list(argv), prog_name="layercut", standalone_mode=False)
+    except SilentError:
+        return INPUT
     except LayercutError as error:
         click.echo(f"error: {_shortened(str(error))}", err=True)
         return INPUT

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from layercut.errors import CalibrationError
 from layercut.loading import load_tokenizer, pick_device, quiet
 from layercut.metric import Metric
 from layercut.plan import Measurement
+from layercut.ranks import ALONE, Ranks
 from layercut.schedules import pick_schedule
 from layercut.streaming import Source
 from layercut.tokens import Sample, check_index
@@ -42,6 +43,7 @@ def measure(
     dtype: str | None = None,
     device: str | None = None,
     memory: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Measurement:
     """Measure the distances between all boundaries of all models on the same tokens.
 
@@ -50,11 +52,12 @@ def measure(
     distances. Metrics that are directed have a table for (b, a) as well. Standard errors take the sample as the unit.
 
     `memory` is what the process may take, in bytes; None for what is free. Models that do not fit are streamed layer by layer.
+    `ranks` are the processes that share the samples; every one of them is given the measurement.
 
     Raises CalibrationError when the text does not do, CheckpointError when a model does not load, runs out of finite
     numbers or has no layers where they should be, and RefusedError when two models cannot be compared.
     """
-    where = pick_device(device)
+    where = pick_device(device, ranks.seat.local_rank)
     for metric in metrics:
         check_index(metric.token, calibration.max_length, metric.label, f"max_length is {calibration.max_length}", "raise max_length")
     tokenizer = SharedTokenizer({alias: load_tokenizer(model.folder) for alias, model in models.items()}, calibration.bos)
@@ -65,13 +68,21 @@ def measure(
         raise CalibrationError("the calibration text gives no tokens")
     sequences = itertools.islice(itertools.chain([first], sequences), calibration.samples)
     sources = [Source(alias, model, depths[alias], (prefixes or {}).get(alias)) for alias, model in models.items()]
-    schedule, reason = pick_schedule(sources, where, dtype, memory, progress=progress)
+    schedule, reason = pick_schedule(sources, where, dtype, memory, sharers=ranks.seat.local_world, progress=progress)
     accumulators = Accumulators(schedule.models, metrics)
     used = Used()
     with tqdm(total=calibration.samples, desc="measuring", unit="sample", disable=not progress, leave=False) as bar, quiet():
-        schedule.run(used.counted(_batches(sequences, calibration.batch_size), bar), accumulators)
-    details = _details(schedule.models, tokenizer, calibration, tally, where, reason)
-    return Measurement(tables=accumulators.tables(), samples=used.samples, tokens=used.tokens, details=details)
+        schedule.run(used.counted(ranks.share(_batches(sequences, calibration.batch_size)), bar), accumulators)
+    found = ranks.collect(accumulators.state(), asdict(used))
+    if not ranks.main:
+        return Measurement.model_validate_json(ranks.hand_out("measurement"))
+    for state, counts in found[1:]:
+        accumulators.merge(state)
+        used = Used(used.samples + counts["samples"], used.tokens + counts["tokens"])
+    details = _details(schedule.models, tokenizer, calibration, tally, where, reason) | ({"ranks": len(found)} if len(found) > 1 else {})
+    measurement = Measurement(tables=accumulators.tables(), samples=used.samples, tokens=used.tokens, details=details)
+    ranks.hand_out("measurement", measurement.model_dump_json())
+    return measurement
 
 
 @dataclass

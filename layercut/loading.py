@@ -39,10 +39,11 @@ def quiet() -> Iterator[None]:
             chatter.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def pick_device(device: str | None = None) -> torch.device:
-    """The device by its name; without one, the first CUDA device, or else the CPU."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(device: str | None = None, local_rank: int = 0) -> torch.device:
+    """The device by its name; without one, the CUDA device for the rank on this machine, or else the CPU."""
+    if device is None and torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = "cpu" if device is None else device
     try:
         picked = torch.device(device)
         torch.empty(0, device=picked)
