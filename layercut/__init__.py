@@ -5,8 +5,8 @@ Nothing here loads torch until something has to be measured.
 """
 
 from layercut.analysis import Analysis
-from layercut.api import analyze, plan_recipe, run_recipe
-from layercut.errors import CalibrationError, CheckpointError, LayercutError, OutputError, RecipeError, RefusedError
+from layercut.api import analyze, plan_recipe, push_model, run_recipe
+from layercut.errors import CalibrationError, CheckpointError, LayercutError, OutputError, RecipeError, RefusedError, UploadError
 from layercut.plan import Plan
 from layercut.recipe import Recipe, load_recipe
 from layercut.report import Report, read_report
@@ -23,10 +23,12 @@ __all__ = [
     "RecipeError",
     "RefusedError",
     "Report",
+    "UploadError",
     "__version__",
     "analyze",
     "load_recipe",
     "plan_recipe",
+    "push_model",
     "read_report",
     "run_recipe",
 ]

@@ -23,14 +23,16 @@ from layercut.header import quoted
 from layercut.metrics import Angular, Cosine, Euclidean, Metric, RelativeMagnitude
 from layercut.plan import MAX_PLAN, Measurement, Plan
 from layercut.planner import build_plan
+from layercut.push import Outcome, Push, check_licence
 from layercut.ranks import ALONE, Ranks
 from layercut.recipe import Evaluate, Recipe, load_recipe
-from layercut.report import Report, write_report
+from layercut.report import REPORT, Report, make_sources, read_report, write_report
 from layercut.sharing import sharing_filesystem
 from layercut.smallfile import read_small
 from layercut.source import resolve
 from layercut.staging import Place, check_vacant
 from layercut.start import Resolve, givers, open_members
+from layercut.upload import Upload
 
 # Tells a plan from a recipe that is written as JSON, in whatever order its keys stand.
 PLAN = re.compile(rb'(?<!\\)"format"\s*:\s*"layercut-plan/')
@@ -162,10 +164,11 @@ def run_recipe(
     ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> Report:
-    """Plan, write, check and evaluate, as the recipe says. A plan (or the file of one) is executed as it stands.
+    """Plan, write, check, evaluate and publish, as the recipe says. A plan (or the file of one) is executed as it stands.
 
     `out` takes the place of the recipe's output. Raises LayercutError with one clear line; the output folder is complete or
-    does not exist. What a stopped run with the same plan wrote is gone on from, or with `restart` thrown away. `memory` and
+    does not exist. What a stopped run with the same plan wrote is gone on from, or with `restart` thrown away. Whether the
+    result may be published is found out first, and of a finished output only the upload is gone on with. `memory` and
     `ranks` are as in `plan_recipe`; the main rank writes, and every rank is given the report.
     """
     started = time.time()
@@ -174,11 +177,40 @@ def run_recipe(
     if not ranks.main:
         return _followed(recipe, output_of(recipe, out), memory, ranks)
     folder = output_of(recipe, out)
+    upload = _asked(recipe).upload
+    push = None if upload is None else Push(upload, progress=progress)
+    if push is not None:
+        push.check_rights()  # before the long work
+    report = None if push is None or restart else _unpublished(recipe, folder, overwrite)
+    if report is None:
+        report = _written(
+            recipe, folder, push, overwrite=overwrite, restart=restart, memory=memory, ranks=ranks, progress=progress, started=started
+        )
+    if push is not None:
+        report = _publish(push, folder, progress)[1]
+    return report
+
+
+def _written(
+    recipe: Recipe | Plan,
+    folder: Path,
+    push: Push | None,
+    *,
+    overwrite: bool,
+    restart: bool,
+    memory: int | None,
+    ranks: Ranks,
+    progress: bool,
+    started: float,
+) -> Report:
+    """Plan, write and evaluate. What would keep the result from being published is found out before it is written."""
     place = Place(folder, Path(os.path.realpath(folder)))
     if restart or not published(place):
         check_vacant(place, overwrite)  # before the long work, and again before writing
     made = recipe if isinstance(recipe, Plan) else plan_recipe(recipe, out=folder, memory=memory, ranks=ranks, progress=progress)
-    wanted = _wanted(made)
+    wanted = _asked(made).evaluate
+    if push is not None:
+        check_licence(make_sources(made), push.upload)
     made = fetching.fetch(made, whole=_evaluated(made), progress=progress)
     report = execute(made, folder, overwrite=overwrite, restart=restart, progress=progress, started=started)
     if wanted is not None:
@@ -195,10 +227,62 @@ def _followed(recipe: Recipe | Plan, folder: Path, memory: int | None, ranks: Ra
     return Report.model_validate_json(ranks.hand_out("report"))
 
 
-def _wanted(plan: Plan) -> Evaluate | None:
-    """The evaluation that a plan asks for. Raises LayercutError when its recipe is none: a plan may come from a file that anyone wrote."""
+def _unpublished(recipe: Recipe | Plan, folder: Path, overwrite: bool) -> Report | None:
+    """The report of a finished output of the same recipe or plan, of which only the upload is left to do; None when there is none.
+
+    One that was published is written anew when it may be overwritten: its sources may be others by now.
+    """
+    if not (folder / REPORT).is_file():
+        return None
     try:
-        return Recipe.model_validate(plan.recipe).evaluate
+        report = read_report(folder)
+    except LayercutError:
+        return None
+    if isinstance(recipe, Plan):
+        same = report.plan == recipe.digest
+    else:
+        same = _work(report.recipe) == _work(recipe.described())
+    evaluated = _asked(recipe).evaluate is None or report.evaluation is not None
+    done = overwrite and report.published is not None
+    return report if same and evaluated and not done else None
+
+
+def _work(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe says what is written: not where it goes."""
+    found = {key: value for key, value in recipe.items() if key != "upload"}
+    if isinstance(found.get("output"), Mapping):
+        found["output"] = {key: value for key, value in found["output"].items() if key != "path"}
+    return {key: value for key, value in found.items() if value not in (None, {})}
+
+
+def push_model(folder: str | Path, upload: Upload | str, *, progress: bool = True) -> Outcome:
+    """Publish an output on the Hub, with a card: a repository (`user/name`), or an `Upload` with more settings.
+
+    Rights are checked first, then the folder, down to every byte of its sources. Contents are stored before one commit makes all files
+    visible at once; a second call sends only what is not there, and makes no commit when nothing is to change. layercut.json then says
+    where it was published. Raises LayercutError with one clear line.
+    """
+    push = Push(Upload(repo=upload) if isinstance(upload, str) else upload, progress=progress)
+    push.check_rights()
+    return _publish(push, _folder_of(folder), progress)[0]
+
+
+def _publish(push: Push, folder: Path, progress: bool) -> tuple[Outcome, Report]:
+    """Publish the folder, and note in its report where."""
+    outcome = push.publish(folder)
+    report = read_report(folder)
+    if report.published != outcome.published:
+        report = report.with_published(outcome.published)
+        write_report(folder, report)
+    return outcome, report
+
+
+def _asked(recipe: Recipe | Plan) -> Recipe:
+    """What a plan was asked for. Raises LayercutError when its recipe is none: a plan may come from a file that anyone wrote."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    try:
+        return Recipe.model_validate(recipe.recipe)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(("recipe", *map(str, first["loc"])))
@@ -213,7 +297,7 @@ def outstanding(plan: Plan) -> list[str]:
 
 def _evaluated(plan: Plan) -> tuple[str, ...]:
     """Aliases of the sources that are loaded as a whole."""
-    return () if _wanted(plan) is None else (plan.donor,)
+    return () if _asked(plan).evaluate is None else (plan.donor,)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Plan:

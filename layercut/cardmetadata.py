@@ -8,7 +8,7 @@ from typing import Any
 from layercut.disclosure import repo_of
 from layercut.errors import LayercutError
 from layercut.header import quoted
-from layercut.report import Report
+from layercut.report import Report, ReportSource
 from layercut.stack import models_of
 from layercut.stated import Licence, Stated, pinned_link
 from layercut.upload import Upload
@@ -79,17 +79,19 @@ def tags(report: Report) -> list[str]:
     return ["layercut", *["depth-pruning"] * is_pruned(report), *["merge"] * is_merge(report)]
 
 
-def choose_licence(report: Report, stated: Mapping[str, Stated], upload: Upload | None) -> Licence:
+def choose_licence(
+    sources: Mapping[str, ReportSource], files: Mapping[str, object], stated: Mapping[str, Stated], upload: Upload | None
+) -> Licence:
     """The licence that the recipe names, or the one that all sources state. Raises LayercutError when they differ: that is not ours
     to decide.
     """
     if upload is not None and upload.license is not None:
         return Licence((upload.license,), upload.license_name, upload.license_link)
     found: dict[Licence, str] = {}
-    for alias, source in report.sources.items():
+    for alias, source in sources.items():
         licence = stated.get(alias, Stated()).licence
         if licence.ids:
-            licence = licence._replace(link=pinned_link(licence.link, repo_of(source), source.revision, report.files))
+            licence = licence._replace(link=pinned_link(licence.link, repo_of(source), source.revision, files))
         found.setdefault(licence if licence.ids else Licence(), alias)
     kinds = {(licence.ids, licence.name) for licence in found}
     if len(kinds) > 1:

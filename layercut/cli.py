@@ -30,6 +30,7 @@ from layercut.recipe import Recipe
 from layercut.report import REPORT, read_report
 from layercut.sizes import parse_size
 from layercut.source import resolve
+from layercut.upload import Upload
 from layercut.version import __version__
 from layercut.yamltext import YamlText
 
@@ -89,7 +90,7 @@ def cli() -> None:
 @offline
 @quiet
 def run(recipe: str, out: str | None, overrides: Sequence[str], as_json: bool, quiet: bool, **choices: Any) -> None:
-    """Plan, write, check and evaluate, as the recipe says."""
+    """Plan, write, check, evaluate and upload, as the recipe says."""
     loaded = api.load(recipe, overrides)
     folder = api.output_of(loaded, out)
     with _terminated_as_interrupted(), joined() as ranks:
@@ -240,6 +241,35 @@ def verify(folder: str, no_contents: bool, no_load: bool, as_json: bool, quiet: 
     if not result.ok:
         failed = [c.name for c in result.checks if not c.ok]
         raise LayercutError(f"{len(failed)} of {len(result.checks)} checks failed: {', '.join(failed)}", where=folder)
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR")
+@click.argument("repo")
+@click.option("--private/--public", default=None, help="Whether the repository is private; when not given, as your account makes new ones.")
+@click.option("--branch", metavar="NAME", help="Branch to publish on, made when it is not there.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the repository.")
+@click.option("--message", metavar="LINE", help="Message of the commit; made from the plan if not given.")
+@click.option("--license", metavar="ID", help="Licence that the card states; needed when sources differ in theirs.")
+@click.option("--license-name", metavar="NAME", help="Name of the licence, with --license other.")
+@click.option("--license-link", metavar="LINK", help="Address or file of the licence, with --license other.")
+@click.option("--replace", is_flag=True, help="Remove what stands in the repository and is not of layercut, in the same commit.")
+@as_json
+@quiet
+def push(folder: str, repo: str, as_json: bool, quiet: bool, **choices: Any) -> None:
+    """Publish an output on the Hub, with a card."""
+    from layercut.push import outcome_text
+
+    try:
+        upload = Upload(repo=repo, **choices)
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = str(first["msg"]).removeprefix("Value error, ")
+        raise click.UsageError(f"{'.'.join(map(str, first['loc'])) or 'options'}: {said}") from None
+    with _terminated_as_interrupted():
+        outcome = api.push_model(folder, upload, progress=not quiet)
+    told = {**outcome._asdict(), "published": outcome.published.model_dump(mode="json")}
+    _echo(_dumps(told) if as_json else outcome_text(outcome))
 
 
 @cli.command()

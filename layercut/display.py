@@ -142,6 +142,8 @@ def report_text(report: Report, folder: Path) -> str:
     except (AttributeError, KeyError, TypeError, ValueError):
         rows.append(("evaluation", "in a form that this version does not know"))
     rows.append(("model", str(folder)))
+    if report.published is not None:
+        rows.append(("published", report.published.url))
     return "\n".join([report.sources[report.donor].reference, *columns(rows)])
 
 

@@ -44,6 +44,10 @@ class CalibrationError(LayercutError):
     """The calibration text cannot be read, is empty, or is too short for what was asked."""
 
 
+class UploadError(LayercutError):
+    """The result cannot be published: no right to, no way to the Hub, or something in the repository that must not be lost."""
+
+
 def printable(text: str) -> str:
     """The text with everything that could work on a terminal, or cannot be encoded, spelled out; lines stay lines."""
     if text.isprintable():

@@ -146,10 +146,7 @@ def make_report(plan: Plan, *, files: Mapping[str, WrittenFile], parameters: int
         version=plan.version,
         plan=plan.digest,
         recipe=plan.recipe,
-        sources={
-            alias: ReportSource(**source.model_dump(include={"reference", "revision", "digest", "depth", "parameters"}))
-            for alias, source in plan.sources.items()
-        },
+        sources=make_sources(plan),
         donor=plan.donor,
         layers=layers,
         kept={alias: layer_ranges(layers, alias) for alias in plan.sources},
@@ -169,6 +166,12 @@ def make_report(plan: Plan, *, files: Mapping[str, WrittenFile], parameters: int
         environment=_environment(),
         timings=dict(timings),
     )
+
+
+def make_sources(plan: Plan) -> dict[str, ReportSource]:
+    """The sources of a plan, as its report names them."""
+    named = {"reference", "revision", "digest", "depth", "parameters"}
+    return {alias: ReportSource(**source.model_dump(include=named)) for alias, source in plan.sources.items()}
 
 
 def layer_ranges(layers: Sequence[LayerRef], alias: str) -> tuple[str, ...]:

@@ -49,6 +49,10 @@ def made(tmp_path: Path) -> Made:
     return make
 
 
+def choose(report: Report, stated: Mapping[str, Stated], upload: Upload | None) -> Licence:
+    return choose_licence(report.sources, report.files, stated, upload)
+
+
 def checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata that the client of the Hub reads as it was meant, from the YAML that cards are written in."""
     again = yaml.safe_load(yaml.safe_dump(dict(metadata), sort_keys=False))
@@ -60,7 +64,7 @@ def checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def test_pruning(made: Made) -> None:
     stated = {"org/a": Stated(Licence(("apache-2.0",)), ("en",), ("allenai/c4",), None)}
     report = made(ONE + "steps: [{prune: {at: [2, 3]}}]\n")
-    metadata = card_metadata(report, stated, choose_licence(report, stated, None), ["LlamaForCausalLM"])
+    metadata = card_metadata(report, stated, choose(report, stated, None), ["LlamaForCausalLM"])
     assert checked(metadata) == {
         "license": "apache-2.0",
         "language": ["en"],
@@ -155,14 +159,14 @@ def test_languages_and_data_are_those_of_all_sources(made: Made) -> None:
 
 
 def test_a_licence_is_inherited(made: Made) -> None:
-    assert choose_licence(made(ONE), {"org/a": MIT}, None) == Licence(("mit",))
-    assert choose_licence(made(TWO), {"org/a": MIT, "org/b": MIT}, None) == Licence(("mit",))
-    assert choose_licence(made(ONE), {}, None) == Licence()
+    assert choose(made(ONE), {"org/a": MIT}, None) == Licence(("mit",))
+    assert choose(made(TWO), {"org/a": MIT, "org/b": MIT}, None) == Licence(("mit",))
+    assert choose(made(ONE), {}, None) == Licence()
 
 
 def test_licences_that_differ_are_asked_about(made: Made) -> None:
     with pytest.raises(LayercutError) as caught:
-        choose_licence(made(TWO), {"org/a": MIT, "org/b": APACHE}, Upload(repo="me/x"))
+        choose(made(TWO), {"org/a": MIT, "org/b": APACHE}, Upload(repo="me/x"))
     assert str(caught.value) == (
         "the sources differ in their licences: 'org/a' states mit, 'org/b' states apache-2.0; "
         "say which holds for the result: upload: {license: …} in the recipe, or push --license"
@@ -171,33 +175,33 @@ def test_licences_that_differ_are_asked_about(made: Made) -> None:
 
 def test_an_unknown_licence_is_not_taken_for_the_known_one(made: Made) -> None:
     with pytest.raises(LayercutError, match="'org/a' states mit, 'org/b' states no licence"):
-        choose_licence(made(TWO), {"org/a": MIT}, None)
+        choose(made(TWO), {"org/a": MIT}, None)
 
 
 def test_a_tokenizer_has_a_licence_too(made: Made) -> None:
     with pytest.raises(LayercutError, match=r"'org/c' states apache-2\.0"):
-        choose_licence(made(ONE + "tokenizer_source: org/c\n"), {"org/a": MIT, "org/c": APACHE}, None)
+        choose(made(ONE + "tokenizer_source: org/c\n"), {"org/a": MIT, "org/c": APACHE}, None)
 
 
 def test_the_answer_in_the_recipe_counts(made: Made) -> None:
     upload = Upload(repo="me/x", license="other", license_name="Both", license_link="LICENSE")
-    licence = choose_licence(made(TWO), {"org/a": MIT, "org/b": APACHE}, upload)
+    licence = choose(made(TWO), {"org/a": MIT, "org/b": APACHE}, upload)
     metadata = checked(card_metadata(made(TWO), {}, licence))
     assert [metadata[key] for key in ("license", "license_name", "license_link")] == ["other", "Both", "LICENSE"]
 
 
 def test_links_to_the_file_of_a_licence(made: Made) -> None:
     """The LICENSE of the donor goes along. Another's is linked where it is."""
-    assert choose_licence(made(ONE), {"org/a": Stated(NAMED)}, None) == NAMED
+    assert choose(made(ONE), {"org/a": Stated(NAMED)}, None) == NAMED
     elsewhere = NAMED._replace(link="TERMS.md")
     link = f"https://huggingface.co/org/a/blob/{COMMIT}/TERMS.md"
-    assert choose_licence(made(ONE), {"org/a": Stated(elsewhere)}, None) == NAMED._replace(link=link)
-    assert choose_licence(made("model: ./a\n"), {"./a": Stated(elsewhere)}, None) == NAMED._replace(link=None)
+    assert choose(made(ONE), {"org/a": Stated(elsewhere)}, None) == NAMED._replace(link=link)
+    assert choose(made("model: ./a\n"), {"./a": Stated(elsewhere)}, None) == NAMED._replace(link=None)
 
 
 def test_equal_licences_with_links_of_their_own_are_equal(made: Made) -> None:
     stated = {"org/a": Stated(NAMED._replace(link="A")), "org/b": Stated(NAMED._replace(link="B"))}
-    assert choose_licence(made(TWO), stated, None).link == f"https://huggingface.co/org/a/blob/{COMMIT}/A"
+    assert choose(made(TWO), stated, None).link == f"https://huggingface.co/org/a/blob/{COMMIT}/A"
 
 
 def test_several_licences_of_one_model(made: Made) -> None:

@@ -53,7 +53,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("hubreader", "metrics"),
     ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "stated", "strategies"),
     ("architecture", "blockscores", "gguf", "memory", "mergekit", "operations", "pickled", "seams", "shards", "spill", "upload"),
-    ("boundaries", "ends", "gallery", "heatmap", "hubmodel", "page", "quantization", "recipe", "weights"),
+    ("boundaries", "ends", "gallery", "heatmap", "hubmodel", "page", "quantization", "recipe", "repository", "weights"),
     ("lineplot", "source", "surgery"),
     ("compatibility", "fetching", "inmemory", "layout", "start"),
     ("choices",),
@@ -68,10 +68,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("arithmetic", "report", "staging"),
     ("analysis",),
     ("disclosure", "display", "journal"),
-    ("cardmetadata", "writer"),
+    ("cardmetadata", "origins", "writer"),
     ("card", "contents", "executor"),
     ("short_transformers.dist", "short_transformers.utils", "verify"),
-    ("short_transformers.measuring",),
+    ("push", "short_transformers.measuring"),
     ("short_transformers.short_transformer",),
     ("api", "short_transformers"),
     ("cli",),
@@ -100,7 +100,7 @@ OF_THE_WHOLE = (
 
 PUBLIC = [
     "Analysis", "CalibrationError", "CheckpointError", "LayercutError", "OutputError", "Plan", "Recipe", "RecipeError", "RefusedError",
-    "Report", "__version__", "analyze", "load_recipe", "plan_recipe", "read_report", "run_recipe",
+    "Report", "UploadError", "__version__", "analyze", "load_recipe", "plan_recipe", "push_model", "read_report", "run_recipe",
 ]  # fmt: skip
 
 
