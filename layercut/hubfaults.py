@@ -11,6 +11,8 @@ from layercut.errors import CheckpointError
 
 LONGEST_WAIT = 60.0
 """Seconds that a request is put off at most; when the Hub asks for more, the user is told."""
+TRIES, UNCONNECTED = 8, 3
+"""Times that a request is made at most: of a server that answers, and where there is no connection at all."""
 PASSING = (408, 429, 500, 502, 503, 504)
 NETWORK = ("TimeoutException", "NetworkError", "ProtocolError", "ProxyError")
 """Exceptions of httpx (which huggingface_hub brings under this or another name) that stand for a broken connection."""
@@ -41,12 +43,14 @@ def scrubbed(text: str) -> str:
     return text
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether the same request may work the next time."""
+def tries_for(error: BaseException) -> int:
+    """Times that a request is made at most without getting on: once, unless the same may work the next time."""
     status = _status(error)
     if status is not None:
-        return status in PASSING
-    return any(_is_network(one) or _is_damage(one) for one in _chain(error))
+        return TRIES if status in PASSING else 1
+    if any(_kinds(one) & {"ConnectError"} or isinstance(one, ConnectionRefusedError) for one in _chain(error)):
+        return UNCONNECTED
+    return TRIES if any(_is_network(one) or _is_damage(one) for one in _chain(error)) else 1
 
 
 def wait_for(error: BaseException, tries: int) -> float | None:
@@ -159,8 +163,12 @@ def _asked(error: BaseException) -> float | None:
 
 
 def _is_network(error: BaseException) -> bool:
-    names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("httpx")}
-    return isinstance(error, ConnectionError | TimeoutError) or not names.isdisjoint(NETWORK)
+    return isinstance(error, ConnectionError | TimeoutError) or not _kinds(error).isdisjoint(NETWORK)
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """Names of the classes of an error of httpx."""
+    return {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("httpx")}
 
 
 def _is_damage(error: BaseException) -> bool:

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from layercut.caches import is_offline
-from layercut.hubfaults import DamagedError, NoRangesError, UnreachableError, explained, may_pass, wait_for
+from layercut.hubfaults import DamagedError, NoRangesError, UnreachableError, explained, tries_for, wait_for
 from layercut.mirror import COMMIT, Listed, Mirror, Span, checked_listing
 
 T = TypeVar("T")
 
-TRIES = 5
-"""Times that a request is made at most without getting on."""
 BLOCK = 1 << 22
 PATIENCE = 30.0
 """Seconds of silence after which a connection is given up."""
@@ -69,10 +67,15 @@ class HubReader:
                 if os.path.lexists(mirror.snapshot / name) and not mirror.is_whole(name, file.size):
                     _discard(mirror.snapshot / name)  # the client would take it for the file
             wanted = [glob.escape(name) for name in left]
-            snapshot_download(self.repo, revision=mirror.commit, allow_patterns=wanted, etag_timeout=PATIENCE)
-            for name, file in sorted(left.items()):
-                _check(mirror.snapshot / name, name, file)
-                del left[name]
+            try:
+                snapshot_download(self.repo, revision=mirror.commit, allow_patterns=wanted, etag_timeout=PATIENCE)
+            finally:  # some files may be there, though others failed
+                arrived = [name for name in left if os.path.exists(mirror.snapshot / name)]  # noqa: PTH110 - never raises
+                for name in arrived:
+                    _check(mirror.snapshot / name, name, left[name])
+                    del left[name]
+            if left:
+                raise DamagedError(f"{min(left)} was not downloaded")
 
         if left:
             self.ask(fetch, mirror.commit, lambda: -len(left))
@@ -115,7 +118,7 @@ class HubReader:
                 tries = 1 if reached() > before else tries + 1
                 before = reached()
                 pause = wait_for(error, tries)
-                if not may_pass(error) or tries >= TRIES or pause is None:
+                if tries >= tries_for(error) or pause is None:
                     raise explained(error, self.reference, self.repo, revision) from None  # what the client says may hold secrets
             time.sleep(pause)
 
@@ -156,14 +159,11 @@ def _check_answer(response: Any, name: str, file: Listed, span: Span) -> None:
 
 def _check(path: Path, name: str, file: Listed) -> None:
     """A file that was downloaded has the size and the digest that the Hub lists. If not, it is removed."""
-    try:
-        size = path.stat().st_size
-        digest = hashlib.sha256() if file.large else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-        with path.open("rb") as opened:
-            while block := opened.read(BLOCK):
-                digest.update(block)
-    except FileNotFoundError:
-        raise DamagedError(f"{name} was not downloaded") from None
+    size = path.stat().st_size
+    digest = hashlib.sha256() if file.large else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with path.open("rb") as opened:
+        while block := opened.read(BLOCK):
+            digest.update(block)
     if size != file.size or digest.hexdigest() != file.digest:
         _discard(path)
         raise DamagedError(f"{name} arrived damaged")
