@@ -53,6 +53,11 @@ def tries_for(error: BaseException) -> int:
     return TRIES if any(_is_network(one) or _is_damage(one) for one in _chain(error)) else 1
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request may work the next time."""
+    return tries_for(error) > 1
+
+
 def wait_for(error: BaseException, tries: int) -> float | None:
     """Seconds until the next try: twice as long each time, or what the Hub asks for; None when that is too long."""
     asked = _asked(error)
