@@ -97,7 +97,9 @@ class Hub:
         """New names by old ones."""
         self.users: dict[str, User] = {CANARY: User("me")}
         self.faults: list[Fault] = []
-        self.log: list[Request] = []
+        self._log: list[Request] = []
+        self._busy = 0
+        self._idle = threading.Condition()
         self.endpoint = self.cdn = ""
         self.ranges = True
         """Whether Range is honoured; otherwise the whole file is sent with 200."""
@@ -123,6 +125,25 @@ class Hub:
         self.repos[new].name, self.moved[old] = new, new
 
     # counting
+
+    @property
+    def log(self) -> list[Request]:
+        """What was asked so far. Answers that are still on their way are waited for: the client may have them before they are noted."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._busy, timeout=2)
+        return self._log
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """An answer is on its way."""
+        with self._idle:
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._busy -= 1
+                self._idle.notify_all()
 
     def sent(self, file: str = "") -> int:
         """Bytes of bodies that were sent: of a file, or of all answers."""
@@ -242,6 +263,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     cdn: bool
 
     def handle_any(self) -> None:
+        with self.hub.busy():
+            self._handle()
+
+    def _handle(self) -> None:
         parts = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         body = self._body()
@@ -330,7 +355,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _note(self, status: int, sent: int, file: str, token: str | None) -> None:
         with self.hub.lock:
-            self.hub.log.append(Request(self.command, self.path, file, status, sent, token, self.headers.get("Range"), self.cdn))
+            self.hub._log.append(Request(self.command, self.path, file, status, sent, token, self.headers.get("Range"), self.cdn))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on stderr."""
