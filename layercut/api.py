@@ -181,7 +181,8 @@ def run_recipe(
     push = None if upload is None else Push(upload, progress=progress)
     if push is not None:
         push.check_rights()  # before the long work
-    report = None if push is None or restart else _unpublished(recipe, folder, overwrite)
+    # Other ranks would wait for this one to measure.
+    report = None if push is None or restart or ranks.seat.world > 1 else _unpublished(recipe, folder, overwrite)
     if report is None:
         report = _written(
             recipe, folder, push, overwrite=overwrite, restart=restart, memory=memory, ranks=ranks, progress=progress, started=started
@@ -238,10 +239,7 @@ def _unpublished(recipe: Recipe | Plan, folder: Path, overwrite: bool) -> Report
         report = read_report(folder)
     except LayercutError:
         return None
-    if isinstance(recipe, Plan):
-        same = report.plan == recipe.digest
-    else:
-        same = _work(report.recipe) == _work(recipe.described())
+    same = report.plan == recipe.digest if isinstance(recipe, Plan) else _work(report.recipe) == _work(recipe.described())
     evaluated = _asked(recipe).evaluate is None or report.evaluation is not None
     done = overwrite and report.published is not None
     return report if same and evaluated and not done else None

@@ -18,9 +18,9 @@ from layercut.disclosure import disclosed, repo_of
 from layercut.display import size
 from layercut.errors import UploadError
 from layercut.header import parse_json, quoted
+from layercut.hubwriter import AGAIN, HubWriter, RemoteFile, Rights, Sent
 from layercut.origins import carried, stated_by
 from layercut.report import HEATMAP, MAX_REPORT, REPORT, Published, Report, ReportSource, read_report
-from layercut.repository import AGAIN, RemoteFile, Repository, Rights, Sent
 from layercut.smallfile import read_small
 from layercut.stated import CARD, MAX_CARD, split_card
 from layercut.upload import Upload
@@ -67,7 +67,7 @@ class Push:
 
     def __init__(self, upload: Upload, *, progress: bool = True) -> None:
         self.upload, self.progress = upload, progress
-        self.repository = Repository(upload, progress=progress)
+        self.repository = HubWriter(upload, progress=progress)
         self.rights: Rights | None = None
         self._digests: dict[tuple[str, str], str] = {}
 
@@ -230,12 +230,12 @@ class Push:
 class _Remote:
     """The repository at a commit: its files, and which of them layercut put there."""
 
-    def __init__(self, repository: Repository, commit: str) -> None:
+    def __init__(self, repository: HubWriter, commit: str) -> None:
         self.commit, self.files = commit, repository.files(commit)
         self.ours = {CARD, HEATMAP, REPORT} | _listed(repository, self.files, commit)
 
 
-def _listed(repository: Repository, files: Mapping[str, RemoteFile], commit: str) -> set[str]:
+def _listed(repository: HubWriter, files: Mapping[str, RemoteFile], commit: str) -> set[str]:
     """Files that the report in the repository lists; none when there is no report."""
     report = files.get(REPORT)
     if report is None or report.size > MAX_REPORT:

@@ -373,15 +373,15 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: Hub, made: Callab
 
 def test_somebody_who_commits_in_between(hub: Hub, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The commit names its parent, so what came in between is not overwritten unseen."""
-    from layercut.repository import Repository
+    from layercut.hubwriter import HubWriter
 
-    folder, commit = made(), Repository.commit
+    folder, commit = made(), HubWriter.commit
 
-    def late(self: Repository, *arguments: object) -> object:
+    def late(self: HubWriter, *arguments: object) -> object:
         hub.repos["me/cut"].commit({"vocab.txt": b"x"}, "in between")
         return commit(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Repository, "commit", late)
+    monkeypatch.setattr(HubWriter, "commit", late)
     assert "was changed by somebody else meanwhile (412)" in refused(folder)
     assert commits(hub)[0] == "in between"
     assert "holds 'vocab.txt', which layercut did not publish" in refused(folder)

@@ -53,7 +53,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("hubreader", "metrics"),
     ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "stated", "strategies"),
     ("architecture", "blockscores", "gguf", "memory", "mergekit", "operations", "pickled", "seams", "shards", "spill", "upload"),
-    ("boundaries", "ends", "gallery", "heatmap", "hubmodel", "page", "quantization", "recipe", "repository", "weights"),
+    ("boundaries", "ends", "gallery", "heatmap", "hubmodel", "hubwriter", "page", "quantization", "recipe", "weights"),
     ("lineplot", "source", "surgery"),
     ("compatibility", "fetching", "inmemory", "layout", "start"),
     ("choices",),

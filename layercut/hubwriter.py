@@ -57,7 +57,7 @@ class _PassingError(UploadError):
     """The Hub or the way to it is at fault, and may not be the next time."""
 
 
-class Repository:
+class HubWriter:
     """The repository that an upload names."""
 
     def __init__(self, upload: Upload, *, progress: bool = True) -> None:
