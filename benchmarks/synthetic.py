@@ -98,7 +98,7 @@ def write(folder: Path, model: Model, *, sparse: bool = False) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(model.config, indent=2) + "\n", encoding="utf-8")
     homes: dict[str, str] = {}
-    for number, names in enumerate(_spread(model), 1):
+    for number, names in enumerate(spread(model), 1):
         file = f"model-{number:05d}-of-{model.shards:05d}.safetensors"
         homes.update(dict.fromkeys(names, file))
         _write_file(folder / file, {name: model.shapes[name] for name in names}, sparse)
@@ -107,7 +107,8 @@ def write(folder: Path, model: Model, *, sparse: bool = False) -> Path:
     return folder
 
 
-def _spread(model: Model) -> list[list[str]]:
+def spread(model: Model) -> list[list[str]]:
+    """The names of the tensors of each file."""
     groups: list[list[str]] = [[]]
     total, position = model.nbytes, 0
     for name, one in model.shapes.items():

@@ -162,6 +162,11 @@ class Skeleton:
         parts = any(len(names) > _count(layer) for names, layer in zip(self._names, self.layers, strict=True))
         return self.layer_size * (4 if parts else 2)
 
+    def activations(self, tokens: int) -> int:
+        """Bytes that a layer's own states take for so many tokens, about: what each of its matrices gives, and half as much again."""
+        widths = max(sum(part.shape[-2] for part in layer.parameters() if part.ndim > 1) for layer in self.layers)
+        return tokens * widths * self.dtype.itemsize * 3 // 2
+
     @property
     def hidden(self) -> int:
         """Size of a state."""

@@ -110,7 +110,9 @@ class Streamed:
         for limits in self._limits:
             for batch in batches:
                 limits.check(batch)
-        taken = 0 if self._device.type == "cuda" else max(map(self._fixed, self._skeletons))
+        widest = max((rows.numel() for rows in work.rows), default=0)
+        taken = max(self._fixed(skeleton) + skeleton.activations(widest) for skeleton in self._skeletons)
+        taken = 0 if self._device.type == "cuda" else taken
         room = max(0, self._host.size - taken) // 2
         try:
             with Spill(room, self._folder, self._expected(work)) as spill, quiet():
