@@ -322,7 +322,7 @@ def test_a_metric_that_is_spelled_wrong(metric: str, message: str, capsys: Captu
 def test_defaults_of_a_model_are_those_of_a_recipe(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
-        "layercut.api._measured", lambda members, metrics, calibration, progress: seen.append(calibration) or measured(table())
+        "layercut.api._measured", lambda members, metrics, calibration, **options: seen.append(calibration) or measured(table())
     )
     analyze(tiny("llama"))
     assert seen == [BuiltinCalibration()]
