@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_model, write_safetensors
-from hub import CANARY, SIGNATURE, Hub
+from hub import CANARY, SIGNATURE, Hub, loopback
 
 from layercut.api import outstanding, plan_recipe, run_recipe
 from layercut.caches import cache_folder, hub_cache
@@ -192,6 +192,25 @@ def test_a_commit_that_is_another(four: Hub, tmp_path: Path, monkeypatch: pytest
     source = plan.sources["org/name"].model_copy(update={"digest": "0" * 64, "folder": "/nowhere"})
     with pytest.raises(CheckpointError, match="the commit on the Hub is not what the plan was made of; plan again"):
         fetch(plan.model_copy(update={"sources": {"org/name": source}}), progress=False)
+
+
+@pytest.mark.parametrize("steps", ["[{prune: {at: ['4-11']}}]", "[{keep: {at: [0, 5]}}]"])
+def test_by_xet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: str) -> None:
+    """Whole files come from its storage, parts over HTTP."""
+    from huggingface_hub import HfApi
+
+    sharded(tmp_path / "four", FOUR)
+    with loopback(tmp_path / "storage") as hub:
+        hub.connect(monkeypatch, tmp_path / "client", CANARY)
+        HfApi().create_repo("me/name")
+        HfApi().upload_folder(repo_id="me/name", folder_path=tmp_path / "four")
+        hub.log.clear()
+        run_recipe(recipe(tmp_path, steps, "me/name"), progress=False)
+        weights = {name: sent for name, sent in hub.fetched().items() if name.endswith(".safetensors")}
+        assert output_files(tmp_path / "out") == local_output(tmp_path, steps)
+        sound(hub, "me/name")
+        ranges = 7 * SIZE if "keep" in steps else 0
+        assert ranges < sum(weights.values()) <= 4 * (1 << 15) + ranges, "headers, two layers and both ends; or headers alone"
 
 
 # holes

@@ -244,3 +244,43 @@ def test_storms_are_the_same_for_the_same_seed(hub: Hub) -> None:
     assert first == kinds(1) != kinds(2)
     faults = "".join("." if one is None else "x" for one in first)
     assert "x" in faults and "xxx" not in faults
+
+
+# Xet
+
+
+@pytest.fixture
+def xet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that stores large files by Xet, with this process's client before it."""
+    with loopback(tmp_path / "storage") as running:
+        running.connect(monkeypatch, tmp_path / "client", CANARY)
+        yield running
+
+
+def test_upload_and_download_by_xet(xet: Hub, tmp_path: Path) -> None:
+    api = HfApi(endpoint=xet.endpoint)
+    for name, data in FILES.items():
+        (tmp_path / "up" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "up" / name).write_bytes(data)
+    api.create_repo("me/up")
+    pull = api.upload_folder(repo_id="me/up", folder_path=tmp_path / "up", create_pr=True)
+    assert pull.pr_revision == "refs/pr/1"
+    api.merge_pull_request("me/up", 1)
+    repo = xet.repos["me/up"]
+    assert {name: data for name, data in repo.files().items() if name != ".gitattributes"} == FILES
+    blob = repo.resolve("main").files["model.safetensors"]
+    assert blob.xet is not None and [entry.xet_hash for entry in api.get_paths_info("me/up", ["model.safetensors"])] == [blob.xet]
+    assert Path(hf_hub_download("me/up", "model.safetensors")).read_bytes() == FILES["model.safetensors"]
+    assert xet.sent("model.safetensors") == 0, "not from the CDN"
+    with HfFileSystem(endpoint=xet.endpoint).open("me/up/model.safetensors", cache_type="none") as file:
+        file.seek(1000)
+        assert file.read(300) == FILES["model.safetensors"][1000:1300], "ranges come over HTTP"
+    assert [request for request in xet.log if request.method == "PUT"] == [] == xet.leaks()
+
+
+def test_what_was_not_uploaded_by_xet(xet: Hub) -> None:
+    xet.add("me/name", {})
+    add = CommitOperationAdd("w.bin", b"\0" * 100)
+    add._is_uploaded, add._upload_mode, add._should_ignore = True, "lfs", False
+    with pytest.raises(HfHubHTTPError, match="was not uploaded"):
+        HfApi(endpoint=xet.endpoint).create_commit("me/name", [add], commit_message="nothing behind it")
