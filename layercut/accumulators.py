@@ -17,6 +17,7 @@ from layercut.draw import Draw
 from layercut.errors import CalibrationError, CheckpointError, RefusedError
 from layercut.metric import Inner, Metric, SampleMetric, Scores, TokenMetric
 from layercut.plan import Table
+from layercut.settling import Kept
 from layercut.sums import Sums
 from layercut.tokens import Sample, Token, positions
 
@@ -51,13 +52,14 @@ class Schedule(Protocol):
 class Accumulators:
     """The sums of every metric. Boundaries of all models stand one after another: B in all, L + 1 of a model of L layers."""
 
-    def __init__(self, models: Sequence[Model], metrics: Sequence[Metric], seed: int = 0) -> None:
+    def __init__(self, models: Sequence[Model], metrics: Sequence[Metric], seed: int = 0, *, keep: bool = False) -> None:
+        """`keep` holds what every sample adds, for metrics that are averaged over tokens: memory grows with the samples."""
         self._models = tuple(models)
         self._metrics = tuple({metric.label: metric for metric in metrics}.values())
         self._device = torch.device("cpu")
         self._tokenwise = _by_token(metric for metric in self._metrics if isinstance(metric, TokenMetric))
         self._samplewise = _by_token(metric for metric in self._metrics if isinstance(metric, SampleMetric))
-        self._sums = {metric.label: Sums() for metrics in self._tokenwise.values() for metric in metrics}
+        self._sums = {metric.label: Sums(keep) for metrics in self._tokenwise.values() for metric in metrics}
         self._draws = {token: Draw(max(metric.draw for metric in found), seed) for token, found in self._samplewise.items()}
 
     def choose(self, batch: Sequence[Sample]) -> Tensor:
@@ -118,6 +120,15 @@ class Accumulators:
         """Take in what another process gathered, given by its `state`."""
         for name, part in self._parts().items():
             part.merge({key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")})
+
+    def kept(self) -> dict[str, Kept]:
+        """What every sample adds, by the label of the metric."""
+        return {label: Kept(*sums.by_sample()) for label, sums in self._sums.items()}
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """Place of the first boundary of each model."""
+        return {alias: start for alias, (start, _) in self._spans().items()}
 
     def tables(self) -> tuple[Table, ...]:
         """The distances of every metric between every two models. Raises CalibrationError when too few tokens counted."""

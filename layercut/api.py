@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from layercut import fetching
 from layercut.analysis import Analysis, Folder, make_analysis
 from layercut.architecture import Member, find_stack
+from layercut.caches import measurement_cache
 from layercut.calibration import BuiltinCalibration, Calibration, CalibrationBase
 from layercut.errors import CalibrationError, LayercutError, OutputError, RecipeError, printable
 from layercut.executor import execute, published
@@ -27,6 +28,7 @@ from layercut.push import Outcome, Push, check_licence
 from layercut.ranks import ALONE, Ranks
 from layercut.recipe import Evaluate, Recipe, load_recipe
 from layercut.report import REPORT, Report, make_sources, read_report, write_report
+from layercut.settling import Question
 from layercut.sharing import sharing_filesystem
 from layercut.smallfile import read_small
 from layercut.source import resolve
@@ -68,7 +70,14 @@ def plan_recipe(
 
 
 def _measured(
-    members: Mapping[str, Member], metrics: Sequence[Metric], calibration: Calibration, *, progress: bool, memory: int | None, ranks: Ranks
+    members: Mapping[str, Member],
+    metrics: Sequence[Metric],
+    calibration: Calibration,
+    *,
+    progress: bool,
+    memory: int | None,
+    ranks: Ranks,
+    question: Question | None = None,
 ) -> Measurement:
     from layercut.engine import measure  # the only road into torch
 
@@ -76,7 +85,16 @@ def _measured(
     depths = {alias: member.stack.depth for alias, member in members.items()}
     prefixes = {alias: member.stack.prefix for alias, member in members.items()}
     return measure(
-        checkpoints, metrics, calibration, depths=depths, prefixes=prefixes, progress=progress and ranks.main, memory=memory, ranks=ranks
+        checkpoints,
+        metrics,
+        calibration,
+        depths=depths,
+        prefixes=prefixes,
+        progress=progress and ranks.main,
+        memory=memory,
+        ranks=ranks,
+        cache=measurement_cache(),
+        question=question,
     )
 
 

@@ -10,10 +10,20 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 """Variables of the environment that forbid to ask the Hub."""
 
 
+NO_CACHE = "LAYERCUT_NO_CACHE"
+"""Variable of the environment that has everything measured anew."""
+
+
 def cache_folder() -> Path:
     """Where layercut keeps what it made: $LAYERCUT_CACHE, else $XDG_CACHE_HOME/layercut, else ~/.cache/layercut."""
     own = os.environ.get("LAYERCUT_CACHE")
     return Path(own).expanduser() if own else _user_cache() / "layercut"
+
+
+def measurement_cache() -> Path | None:
+    """Where measurements are kept, a part of `cache_folder`; None when $LAYERCUT_NO_CACHE says that each is made anew."""
+    off = os.environ.get(NO_CACHE, "").upper() in ("1", "ON", "YES", "TRUE")
+    return None if off else cache_folder()
 
 
 def hub_cache() -> Path:

@@ -17,8 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple, TypeAlias
 
-from pydantic import BeforeValidator, Field, StrictBool
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Discriminator, Field, StrictBool, Tag
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from layercut.errors import CalibrationError, did_you_mean
 from layercut.record import Record
@@ -34,17 +34,50 @@ def _check_bos(value: object) -> object:
     return value
 
 
+class Auto(Record):
+    """As many samples as make the choice sure: text is taken in looks, each as long as all before it."""
+
+    least: int = Field(8, ge=2)
+    """Samples at the first look."""
+    most: int = Field(128, ge=2)
+    """Samples after which the choice is made, settled or not."""
+
+
+def _as_samples(value: object) -> object:
+    """`auto` stands for its defaults; one message instead of one for each kind of value."""
+    if value == "auto":
+        return Auto()
+    if isinstance(value, bool) or not isinstance(value, int | str | Auto | Mapping):
+        raise PydanticCustomError("samples", "samples must be a number, auto, or a mapping of least and most")
+    if isinstance(value, int) and value < 1:
+        raise PydanticKnownError("greater_than_equal", {"ge": 1})
+    return value
+
+
+def _kind(value: object) -> str:
+    return "auto" if isinstance(value, Auto | Mapping) else "number"
+
+
 class CalibrationBase(Record):
     """What all sources of text have in common."""
 
-    samples: int = Field(128, ge=1)
-    """Token sequences that are used at most."""
+    samples: Annotated[
+        Annotated[Annotated[int, Tag("number")] | Annotated[Auto, Tag("auto")], Discriminator(_kind)],
+        BeforeValidator(_as_samples, json_schema_input_type=Annotated[int, Field(ge=1)] | Literal["auto"] | Auto),
+    ] = 128
+    """Token sequences that are used at most. `auto` takes text until the choice is settled, and says how sure it is: 8 to 128 samples, or
+    `{least: 16, most: 512}`."""
     max_length: int = Field(512, ge=2)
     """Tokens of a sample at most, a BOS token included."""
     batch_size: int = Field(8, ge=1)
     """Samples that run through the model at once; changes speed and memory, not results."""
     bos: Annotated[Literal["auto"] | StrictBool, BeforeValidator(_check_bos)] = "auto"
     """Whether each sample starts with the BOS token: auto does what the tokenizer does by default."""
+
+    @property
+    def most(self) -> int:
+        """Samples at most."""
+        return self.samples.most if isinstance(self.samples, Auto) else self.samples
 
 
 class BuiltinCalibration(CalibrationBase):

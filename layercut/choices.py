@@ -9,7 +9,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from layercut.architecture import Member
-from layercut.calibration import Calibration
+from layercut.calibration import Auto
 from layercut.checkpoint import Tensor
 from layercut.ends import find_ends
 from layercut.errors import LayercutError, RecipeError
@@ -21,10 +21,12 @@ from layercut.plan import Candidate, Choice, Measurement
 from layercut.recipe import DTYPES, Recipe
 from layercut.seams import Prices
 from layercut.selectors import count_of
-from layercut.stack import Block, LayerRef, Stack, runs
+from layercut.settling import Contest, Question, Way
+from layercut.stack import Block, LayerRef, Stack, joints, runs
 from layercut.strategies import STRATEGIES, OneBlock, Task
 
-Measure = Callable[[Mapping[str, Member], Sequence[Metric], Calibration], Measurement]
+Measure = Callable[..., Measurement]
+"""Measures, given members, metrics, calibration and, for `samples: auto`, `question`: what is chosen on a measurement."""
 # Names, inside a layer, of the modules that write to the residual stream: attention and feed-forward outputs of all families.
 OUTPUTS = re.compile(
     r"(^|\.)(o_proj|out_proj|c_proj|wo|down_proj|fc2|fc_out|w2|dense_4h_to_h|(self_)?attention\.dense|self_attn\.dense|attn\.dense)(\.\w+)?$"
@@ -37,8 +39,9 @@ UNITS = {"params": "parameters", "size": "bytes"}
 class Evidence:
     """Measures once, when first asked, and keeps what was decided with it."""
 
-    def __init__(self, recipe: Recipe, members: Mapping[str, Member], measure: Measure) -> None:
-        self.recipe, self.members = recipe, members
+    def __init__(self, recipe: Recipe, members: Mapping[str, Member], measure: Measure, question: Question | None = None) -> None:
+        self.recipe, self.members, self._question = recipe, members, question
+        self.contests: list[Contest] = []
         self.choices: list[Choice] = []
         self.notes: list[str] = []
         self.measurement: Measurement | None = None
@@ -55,14 +58,30 @@ class Evidence:
     def prices(self, metric: Metric | None) -> Prices:
         """Seam prices under a metric; under the first of the recipe when none is given."""
         if self.measurement is None:
-            self.measurement = self._measure(self.members, self.recipe.all_metrics, self.recipe.calibration)
+            calibration = self.recipe.calibration
+            asked = {"question": self._question} if isinstance(calibration.samples, Auto) else {}
+            self.measurement = self._measure(self.members, self.recipe.all_metrics, calibration, **asked)
+            self.notes += self.measurement.details.get("settling", [])
         return Prices(self.measurement, (metric or self.recipe.all_metrics[0]).label, self.depths)
 
-    def note(self, where: str, metric: Metric | None, stack: Stack, candidates: tuple[Candidate, ...], chosen: str | None = None) -> None:
-        """Keep a decision with its evidence."""
+    def note(
+        self,
+        where: str,
+        metric: Metric | None,
+        stack: Stack,
+        candidates: tuple[Candidate, ...],
+        chosen: str | None = None,
+        rivals: tuple[Way, ...] | None = None,
+    ) -> None:
+        """Keep a decision with its evidence; `rivals` are the other ways in which it could fall, where they can be listed."""
         prices = self.prices(metric)
         text = chosen or "slices " + " + ".join(str(run) for run in runs(stack))
+        self.contests.append(Contest(where, prices.metric, self.way(text, stack), rivals))
         self.choices.append(Choice(where=where, metric=prices.metric, chosen=text, cost=prices.cost(stack).value, candidates=candidates))
+
+    def way(self, name: str, stack: Stack) -> Way:
+        """A way in which a choice can fall, by the stack that it leads to."""
+        return Way(name, tuple((joint.source, joint.target) for joint in joints(stack, self.depths)))
 
     def layers(self, alias: str) -> Mapping[int, tuple[Tensor, ...]]:
         """The tensors of every layer of a model."""
@@ -178,15 +197,26 @@ class StepSite:
         count = sum(block.stop - block.start for block in blocks)
         task = Task(wish.stack, count, wish.build, wish.verb == "repeat", wish.protect)
         candidates: list[Candidate] = []
+        rivals: list[Way] | None = [] if wish.strategy in ("block", "deepest") and "layers" in wish.budget else None
         if wish.strategy == "block":
             for start in OneBlock.starts(task):
                 cost = prices.cost(wish.build([Block(start, start + count)]))
                 candidates.append(Candidate(start=start, stop=start + count, cost=cost.value, stderr=cost.stderr))
+                if rivals is not None and Block(start, start + count) not in blocks:
+                    stack = wish.build([Block(start, start + count)])
+                    rivals.append(self.evidence.way(f"{wish.verb} layers [{start}, {start + count})", stack))
         if wish.strategy == "deepest":
             why = "cutting the deepest layers needs healing (training after the cut); distance did not decide"
             self.evidence.notes.append(f"{self._name}: {why}")
         named = " + ".join(f"[{block.start}, {block.stop})" for block in blocks)
-        self.evidence.note(self._name, wish.metric, wish.build(blocks), tuple(candidates), f"{wish.verb} layers {named}")
+        self.evidence.note(
+            self._name,
+            wish.metric,
+            wish.build(blocks),
+            tuple(candidates),
+            f"{wish.verb} layers {named}",
+            None if rivals is None else tuple(rivals),
+        )
 
 
 def _protected(wish: Wish) -> str:

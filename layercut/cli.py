@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from layercut import api, display, gallery
 from layercut.analysis import PAGE
 from layercut.architecture import find_stack
-from layercut.caches import OFFLINE
+from layercut.caches import NO_CACHE, OFFLINE
 from layercut.errors import LayercutError, OutputError, printable
 from layercut.hubfaults import UnreachableError, scrubbed
 from layercut.metrics import Metric, MetricSpec
@@ -45,16 +45,29 @@ overrides = click.option(
 quiet = click.option("--quiet", "-q", is_flag=True, help="No progress bars on stderr.")
 
 
-def _go_offline(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    """For this command, the environment forbids all libraries to ask the Hub."""
-    if value:
-        before = os.environ.get(OFFLINE[0])
-        os.environ[OFFLINE[0]] = "1"
-        context.call_on_close(lambda: os.environ.pop(OFFLINE[0]) if before is None else os.environ.update({OFFLINE[0]: before}))
+def _set(variable: str) -> Any:
+    """A callback of a flag that sets a variable of the environment for this command."""
+
+    def call(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value:
+            before = os.environ.get(variable)
+            os.environ[variable] = "1"
+            context.call_on_close(lambda: os.environ.pop(variable) if before is None else os.environ.update({variable: before}))
+
+    return call
 
 
 offline = click.option(
-    "--offline", is_flag=True, expose_value=False, callback=_go_offline, help="Ask no network: models of the Hub come from the local cache."
+    "--offline",
+    is_flag=True,
+    expose_value=False,
+    callback=_set(OFFLINE[0]),
+    help="Ask no network: models of the Hub come from the local cache.",
+)
+
+
+no_cache = click.option(
+    "--no-cache", is_flag=True, expose_value=False, callback=_set(NO_CACHE), help="Measure anew, also what was measured before."
 )
 
 
@@ -86,6 +99,7 @@ def cli() -> None:
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run wrote, instead of going on from it.")
 @overrides
 @memory
+@no_cache
 @as_json
 @offline
 @quiet
@@ -105,6 +119,7 @@ def run(recipe: str, out: str | None, overrides: Sequence[str], as_json: bool, q
 @click.option("-o", "--output", metavar="FILE", help="Write the plan as JSON; `layercut run FILE` does exactly what it says.")
 @overrides
 @memory
+@no_cache
 @as_json
 @offline
 @quiet
@@ -153,6 +168,7 @@ def _metric(text: str) -> Metric:
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a sequence at most, instead of the recipe's number or 512.")
 @overrides
 @memory
+@no_cache
 @as_json
 @offline
 @quiet

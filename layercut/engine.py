@@ -7,26 +7,32 @@ LM head is never computed. All arithmetic on states is float64.
 from __future__ import annotations
 
 import itertools
+import sys
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import transformers
 from tqdm import tqdm
 
-from layercut.accumulators import Accumulators, Model
-from layercut.calibration import Calibration, Tally, passages, samples
+from layercut.accumulators import Accumulators, Model, Schedule
+from layercut.calibration import Auto, Calibration, Tally, passages, samples
 from layercut.checkpoint import Checkpoint
 from layercut.encoding import SharedTokenizer
 from layercut.errors import CalibrationError
 from layercut.loading import load_tokenizer, pick_device, quiet
-from layercut.metric import Metric
+from layercut.measurements import FOLDER, Measurements, key_of, missing, only, with_tables
+from layercut.metrics import Angular, Cosine, Euclidean, Metric, RelativeMagnitude, TokenMetric
 from layercut.plan import Measurement
 from layercut.ranks import ALONE, Ranks
 from layercut.schedules import pick_schedule
+from layercut.settling import Question, Verdict, best_blocks, judge, look_sizes
 from layercut.streaming import Source
 from layercut.tokens import Sample, check_index
+from layercut.version import __version__
 
 READ_AHEAD = 64
 """Samples that are read and sorted by length together, so that a batch has few pads."""
@@ -44,6 +50,8 @@ def measure(
     device: str | None = None,
     memory: int | None = None,
     ranks: Ranks = ALONE,
+    cache: Path | None = None,
+    question: Question | None = None,
 ) -> Measurement:
     """Measure the distances between all boundaries of all models on the same tokens.
 
@@ -52,7 +60,10 @@ def measure(
     distances. Metrics that are directed have a table for (b, a) as well. Standard errors take the sample as the unit.
 
     `memory` is what the process may take, in bytes; None for what is free. Models that do not fit are streamed layer by layer.
-    `ranks` are the processes that share the samples; every one of them is given the measurement.
+    `ranks` are the processes that share the samples; every one of them is given the measurement. `cache` is a folder where measurements
+    are kept: what was measured before on the same weights, tokens and settings costs no forward and is the same to the last bit.
+    `question` tells what is chosen on a measurement: with `samples: auto` text is taken until that is settled; the nearest blocks of all
+    sizes if not given.
 
     Raises CalibrationError when the text does not do, CheckpointError when a model does not load, runs out of finite
     numbers or has no layers where they should be, and RefusedError when two models cannot be compared.
@@ -62,27 +73,147 @@ def measure(
         check_index(metric.token, calibration.max_length, metric.label, f"max_length is {calibration.max_length}", "raise max_length")
     tokenizer = SharedTokenizer({alias: load_tokenizer(model.folder) for alias, model in models.items()}, calibration.bos)
     tally = Tally()
-    sequences = samples(passages(calibration, tally=tally), tokenizer.encode, tokenizer.prefix, calibration.max_length, tally)
-    first = next(sequences, None)  # before the models: text fails faster than they load
-    if first is None:
-        raise CalibrationError("the calibration text gives no tokens")
-    sequences = itertools.islice(itertools.chain([first], sequences), calibration.samples)
+    text = _text(calibration, tokenizer, tally)  # before the models: text fails faster than they load
+    labels = tuple(dict.fromkeys(metric.label for metric in metrics))
+    settings = Settings(calibration, where, dtype, memory, ranks.seat.world, depths, prefixes or {}, question)
+    shelf = None if cache is None or settings.asks else Shelf(cache, models, text, settings, ranks, progress)
+    known = None if shelf is None else shelf.known
+    lacking = missing(known, labels)
+    if known is not None and not lacking:
+        return only(known, labels)
+    wanted = [metric for metric in metrics if metric.label in lacking]
     sources = [Source(alias, model, depths[alias], (prefixes or {}).get(alias)) for alias, model in models.items()]
     schedule, reason = pick_schedule(sources, where, dtype, memory, sharers=ranks.seat.local_world, progress=progress)
-    accumulators = Accumulators(schedule.models, metrics)
-    used = Used()
-    with tqdm(total=calibration.samples, desc="measuring", unit="sample", disable=not progress, leave=False) as bar, quiet():
-        schedule.run(used.counted(ranks.share(_batches(sequences, calibration.batch_size)), bar), accumulators)
-    found = ranks.collect(accumulators.state(), asdict(used))
-    if not ranks.main:
-        return Measurement.model_validate_json(ranks.hand_out("measurement"))
-    for state, counts in found[1:]:
-        accumulators.merge(state)
-        used = Used(used.samples + counts["samples"], used.tokens + counts["tokens"])
-    details = _details(schedule.models, tokenizer, calibration, tally, where, reason) | ({"ranks": len(found)} if len(found) > 1 else {})
-    measurement = Measurement(tables=accumulators.tables(), samples=used.samples, tokens=used.tokens, details=details)
+    looked = _look(schedule, wanted if shelf is None else _family(wanted), text, calibration, question, ranks, progress)
+    if looked is None:
+        return only(Measurement.model_validate_json(ranks.hand_out("measurement")), labels)
+    details = _details(schedule.models, tokenizer, calibration, tally, where, reason)
+    details |= {"ranks": ranks.seat.world} if ranks.seat.world > 1 else {}
+    if looked.verdicts:
+        details["settled"] = all(verdict.settled for verdict in looked.verdicts)
+        details["settling"] = [verdict.text for verdict in looked.verdicts]
+    measurement = Measurement(tables=looked.seen.tables(), samples=looked.used.samples, tokens=looked.used.tokens, details=details)
+    if shelf is not None:
+        measurement = shelf.keep(measurement)
     ranks.hand_out("measurement", measurement.model_dump_json())
-    return measurement
+    return only(measurement, labels)
+
+
+Text: TypeAlias = Sequence["array[int]"]
+"""Token ids of every sample."""
+
+
+def _text(calibration: Calibration, tokenizer: SharedTokenizer, tally: Tally) -> Text:
+    """The samples. Raises CalibrationError when there is none."""
+    found = samples(passages(calibration, tally=tally), tokenizer.encode, tokenizer.prefix, calibration.max_length, tally)
+    text = [array("q", ids) for ids in itertools.islice(found, calibration.most)]
+    if not text:
+        raise CalibrationError("the calibration text gives no tokens")
+    return text
+
+
+def _family(metrics: Sequence[Metric]) -> list[Metric]:
+    """The metrics, and those that the same inner products give: asked for later, they cost nothing."""
+    tokens = dict.fromkeys(metric.token for metric in metrics if isinstance(metric, TokenMetric))
+    relatives = [kind(token=token) for token in tokens for kind in (Angular, Cosine, RelativeMagnitude, Euclidean)]
+    return list({metric.label: metric for metric in (*metrics, *relatives)}.values())
+
+
+class Settings(NamedTuple):
+    """All that numbers depend on besides the models and the text."""
+
+    calibration: Calibration
+    device: torch.device
+    dtype: str | None
+    memory: int | None
+    world: int
+    depths: Mapping[str, int]
+    prefixes: Mapping[str, str]
+    question: Question | None
+
+    @property
+    def asks(self) -> bool:
+        """Whether the number of samples depends on what is chosen."""
+        return isinstance(self.calibration.samples, Auto)
+
+    def as_json(self) -> dict[str, Any]:
+        """As text that a key is made of; all settings of the calibration, since they stand in the result."""
+        return {
+            "calibration": self.calibration.model_dump(mode="json"),
+            "device": str(self.device) if self.device.type != "cuda" else torch.cuda.get_device_name(self.device),
+            "dtype": self.dtype,
+            "memory": self.memory,
+            "world": self.world,
+            "depths": dict(self.depths),
+            "prefixes": dict(self.prefixes),
+            "versions": [__version__, torch.__version__, transformers.__version__],
+        }
+
+
+class Shelf:
+    """The place of one measurement in the cache. The main rank reads and writes it."""
+
+    def __init__(self, root: Path, models: Mapping[str, Checkpoint], text: Text, settings: Settings, ranks: Ranks, progress: bool) -> None:
+        self._cache, self._depths = Measurements(root), settings.depths
+        self.known: Measurement | None = None
+        if ranks.main:
+            self._key = key_of(models, text, settings.as_json())
+            self.known = self._cache.find(self._key, self._depths)
+            ranks.hand_out("known", "" if self.known is None else self.known.model_dump_json())
+        else:
+            found = ranks.hand_out("known")
+            self.known = Measurement.model_validate_json(found) if found else None
+        if self.known is not None and progress and ranks.main:
+            print(f"measured before: {len(self.known.tables)} tables come from {root / FOLDER}", file=sys.stderr)
+
+    def keep(self, measurement: Measurement) -> Measurement:
+        """Write what was measured, and return it with what was known."""
+        whole = with_tables(self.known, measurement)
+        self._cache.keep(self._key, whole)
+        return whole if self.known is None else whole.model_copy(update={"details": self.known.details})
+
+
+class Looked(NamedTuple):
+    """What was seen, on how much text, and whether it was enough."""
+
+    seen: Accumulators
+    used: Used
+    verdicts: list[Verdict]
+
+
+def _look(
+    schedule: Schedule,
+    metrics: Sequence[Metric],
+    text: Text,
+    calibration: Calibration,
+    question: Question | None,
+    ranks: Ranks,
+    progress: bool,
+) -> Looked | None:
+    """Run the models over the text: all of it, or look by look until what is asked is settled. None on ranks that are not the main one."""
+    auto = calibration.samples if isinstance(calibration.samples, Auto) else None
+    sizes = [len(text)] if auto is None else look_sizes(auto.least, min(auto.most, len(text)))
+    looks = 1 if auto is None else len(look_sizes(auto.least, auto.most))
+    seen: Accumulators | None = None
+    used, verdicts, done = Used(), list[Verdict](), 0
+    with tqdm(total=sizes[-1], desc="measuring", unit="sample", disable=not progress, leave=False) as bar, quiet():
+        for size in sizes:
+            now, mine = Accumulators(schedule.models, metrics, keep=auto is not None), Used()
+            batches = _batches(text, done, size, calibration.batch_size)
+            schedule.run(mine.counted(ranks.share(batches), bar), now)
+            found, done = ranks.collect(now.state(), asdict(mine)), size
+            for state, _ in found if seen is not None else found[1:]:
+                (seen or now).merge(state)
+            used = Used(used.samples + sum(one["samples"] for _, one in found), used.tokens + sum(one["tokens"] for _, one in found))
+            seen = seen or now
+            if auto is None:
+                break
+            if ranks.main:
+                measured = Measurement(tables=seen.tables(), samples=used.samples, tokens=used.tokens, details={})
+                verdicts = judge(question or best_blocks, measured, seen.kept(), seen.starts, looks)
+            if ranks.hand_out("settled", "yes" if ranks.main and all(one.settled for one in verdicts) else "") == "yes":
+                break
+    return Looked(seen, used, verdicts) if ranks.main and seen is not None else None
 
 
 @dataclass
@@ -101,9 +232,9 @@ class Used:
             bar.update(len(batch))
 
 
-def _batches(sequences: Iterator[list[int]], size: int) -> Iterator[list[Sample]]:
+def _batches(text: Text, first: int, last: int, size: int) -> Iterator[list[Sample]]:
     """Batches of samples of similar length. The order depends on the text only, up to the read-ahead."""
-    numbered = (Sample(number, ids) for number, ids in enumerate(sequences))
+    numbered = (Sample(number, text[number].tolist()) for number in range(first, last))
     while ahead := list(itertools.islice(numbered, max(READ_AHEAD, size))):
         ahead.sort(key=lambda sample: len(sample.ids))
         for start in range(0, len(ahead), size):

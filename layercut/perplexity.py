@@ -60,7 +60,7 @@ class LanguageModel:
         finite.
         """
         total, tokens, count = 0.0, 0, 0
-        with tqdm(total=calibration.samples, desc="perplexity", unit="window", disable=not progress, leave=False) as bar, quiet():
+        with tqdm(total=calibration.most, desc="perplexity", unit="window", disable=not progress, leave=False) as bar, quiet():
             for batch in self._batches(calibration):
                 total += self._loss(batch)
                 tokens += len(batch) * (len(batch[0]) - 1)
@@ -107,7 +107,7 @@ class LanguageModel:
         if room < 1:
             raise CalibrationError(f"max_length {calibration.max_length} leaves no room after {len(prefix)} special tokens")
         text = (encode(self.tokenizer, part) for part in _joined(calibration))
-        cut = itertools.islice(([*prefix, *window] for window in windows(text, room)), calibration.samples)
+        cut = itertools.islice(([*prefix, *window] for window in windows(text, room)), calibration.most)
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         itemsize = torch.finfo(self.model.dtype).bits // 8
         fits = LOGIT_BYTES // (calibration.max_length * self.model.config.get_text_config().vocab_size * itemsize)

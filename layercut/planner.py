@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 from layercut.architecture import Member
 from layercut.boundaries import choose_boundaries
@@ -12,12 +13,13 @@ from layercut.checkpoint import CONFIG
 from layercut.choices import Evidence, Measure, StepSite
 from layercut.compatibility import check_together
 from layercut.ends import Ends, find_ends
-from layercut.errors import RecipeError, RefusedError, did_you_mean
+from layercut.errors import LayercutError, RecipeError, RefusedError, did_you_mean
 from layercut.layout import Cast, Layout, Layouter
 from layercut.operations import apply_all
-from layercut.plan import Actions, Companion, Edit, LeftOut, Plan, Seam, Source
+from layercut.plan import Actions, Companion, Edit, LeftOut, Measurement, Plan, Seam, Source
 from layercut.quantization import is_quantized
 from layercut.recipe import DTYPES, Recipe
+from layercut.settling import Contest, Way
 from layercut.sharing import Filesystem, Sharing
 from layercut.stack import Stack, joints, models_of
 from layercut.start import Resolve, end_scalings, find_windows, givers, open_members, reachable_depth, stack_of
@@ -44,7 +46,7 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: S
     donor = recipe.base_model or next(iter(giving))
     tokenizer = _tokenizer(recipe, donor)
     notes = (*recipe.notes, *check_together(members, donor, tuple(giving), tokenizer, inexact=recipe.allow == "inexact"))
-    evidence = Evidence(recipe, giving, measure)
+    evidence = Evidence(recipe, giving, measure, partial(_contests, recipe, giving))
     stack = _stack(recipe, evidence)
     used = {alias: members[alias] for alias in giving if any(alias in models_of(layer) for layer in stack)}
     if recipe.base_model is None and donor not in used:  # no layer of the first model was kept
@@ -97,6 +99,16 @@ def _pending(stack: Stack) -> Iterator[str]:
     for layer in stack:
         if layer.fitted is not None:
             yield f"layers {layer.index} to {layer.index + layer.span - 1} of {layer.model} replaced by a fitted {layer.fitted} map"
+
+
+def _contests(recipe: Recipe, members: Mapping[str, Member], measurement: Measurement) -> list[Contest]:
+    """What the recipe leaves open, decided on a measurement of part of the text. What cannot be done on it is one more choice."""
+    evidence = Evidence(recipe, members, lambda *_, **__: measurement)
+    try:
+        _stack(recipe, evidence)
+    except LayercutError as error:
+        return [*evidence.contests, Contest("recipe", evidence.prices(None).metric, Way(str(error)), None)]
+    return evidence.contests
 
 
 def _stack(recipe: Recipe, evidence: Evidence) -> Stack:

@@ -19,7 +19,10 @@ class Sums:
     of the first sample, so that a small spread around a large mean is not lost.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: bool = False) -> None:
+        """`keep` holds the sums of every sample as well: memory grows with the samples."""
+        self._keep = keep
+        self._kept: list[tuple[Tensor, Tensor]] = []
         self._counts = torch.zeros(SCALARS, dtype=torch.float64)  # samples, sum n_k, sum n_k^2
         self._shift = self._first = self._square = self._cross = torch.zeros(0, 0, dtype=torch.float64)
 
@@ -34,6 +37,8 @@ class Sums:
         if not own.any():
             return
         sums, counts = sums[own], counts[own]
+        if self._keep:
+            self._kept.append((sums.cpu(), counts.cpu()))
         if not self.samples:
             self._shift = sums[0] / counts[0]
             self._first, self._square, self._cross = (torch.zeros_like(self._shift) for _ in range(3))
@@ -57,9 +62,18 @@ class Sums:
         spread = self._square - 2 * mean * self._cross + mean.square() * count_square
         return Scores(value, (spread.clamp(min=0) * samples / (samples - 1)).sqrt() / count)
 
+    def by_sample(self) -> tuple[Tensor, Tensor]:
+        """Sums of distances (samples, B, B) and numbers of tokens (samples) of every sample that was kept, on the CPU."""
+        if not self._kept:
+            return torch.zeros(0, 0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+        sums, counts = zip(*self._kept, strict=True)
+        return torch.cat(sums), torch.cat(counts)
+
     def state(self) -> dict[str, Tensor]:
         """All that it holds, on the CPU."""
         held = {"counts": self._counts, "shift": self._shift, "first": self._first, "square": self._square, "cross": self._cross}
+        if self._keep:
+            held["kept"], held["kept_counts"] = self.by_sample()
         return {key: value.cpu() for key, value in held.items()}
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
@@ -67,6 +81,8 @@ class Sums:
         other = {key: value.to(self._shift.device) for key, value in state.items()}
         if not other["counts"][0]:
             return
+        if self._keep:
+            self._kept.append((state["kept"], state["kept_counts"]))
         if not self.samples:
             self._shift, self._first, self._square, self._cross = (other[key].clone() for key in ("shift", "first", "square", "cross"))
             self._counts = state["counts"].clone()
