@@ -39,21 +39,40 @@ class Source(NamedTuple):
     """Where the checkpoint keeps the layers; None to look for it."""
 
 
+class Part(NamedTuple):
+    """Samples of a batch whose states go to the accumulators together, and the tokens of each whose states are wanted."""
+
+    start: int
+    samples: list[Sample]
+    rows: Tensor
+
+    def pick(self, state: Tensor) -> Tensor:
+        """The wanted states, (tokens, hidden), of the state of the whole batch."""
+        return state[self.start : self.start + len(self.samples), : self.rows.shape[1]][self.rows.to(state.device)]
+
+
 class Work(NamedTuple):
-    """The batches of a run, and the tokens of each whose states are wanted."""
+    """The batches of a run, and the parts of each."""
 
     batches: list[list[Sample]]
-    rows: list[Tensor]
+    parts: list[list[Part]]
+
+    @classmethod
+    def of(cls, batches: list[list[Sample]], accumulators: Accumulators, size: int) -> Work:
+        """Parts of `size` samples at most."""
+        starts = [range(0, len(batch), size) for batch in batches]
+        cut = [[(start, batch[start : start + size]) for start in at] for batch, at in zip(batches, starts, strict=True)]
+        return cls(batches, [[Part(start, samples, accumulators.choose(samples)) for start, samples in parts] for parts in cut])
 
     @property
     def tokens(self) -> int:
         """Tokens, pads included."""
-        return sum(rows.numel() for rows in self.rows)
+        return sum(map(_area, self.batches))
 
     @property
     def chosen(self) -> int:
         """Tokens whose states are wanted."""
-        return sum(int(rows.sum()) for rows in self.rows)
+        return sum(int(part.rows.sum()) for parts in self.parts for part in parts)
 
 
 class Streamed:
@@ -72,9 +91,8 @@ class Streamed:
     ) -> None:
         """`dtypes` are by alias; `room` is that for weights on the device, `host` that for states beside it (the same on a CPU).
 
-        States that do not fit stand in a file in `folder`.
-        Raises CheckpointError when transformers does not know a model, RefusedError when it cannot be streamed, and
-        CalibrationError when the user asked for less memory than a layer takes.
+        States that do not fit stand in a file in `folder`. Raises CheckpointError when transformers does not know a model,
+        RefusedError when it cannot be streamed, and CalibrationError when the user asked for less memory than a layer takes.
         """
         self._device, self._room, self._host, self._folder, self._progress = device, room, host, folder, progress
         self._weights = [Weights(source.checkpoint, pinned=device.type == "cuda") for source in sources]
@@ -106,11 +124,11 @@ class Streamed:
     def run(self, batches: Iterable[list[Sample]], accumulators: Accumulators) -> None:
         """Run all batches through each layer, then hand over the states of each batch."""
         batches = list(batches)
-        work = Work(batches, [accumulators.choose(batch) for batch in batches])
         for limits in self._limits:
             for batch in batches:
                 limits.check(batch)
-        widest = max((rows.numel() for rows in work.rows), default=0)
+        work = Work.of(batches, accumulators, self._part_size(batches))
+        widest = max(map(_area, batches), default=0)
         taken = max(self._fixed(skeleton) + skeleton.activations(widest) for skeleton in self._skeletons)
         taken = 0 if self._device.type == "cuda" else taken
         room = max(0, self._host.size - taken) // 2
@@ -118,15 +136,20 @@ class Streamed:
             with Spill(room, self._folder, self._expected(work)) as spill, quiet():
                 for model, skeleton in enumerate(self._skeletons):
                     self._walk(model, skeleton, work, spill)
-                for number, batch in enumerate(batches):
-                    keys = [(model, number, at) for model, one in enumerate(self.models) for at in range(one.depth + 1)]
-                    accumulators.add(batch, work.rows[number], [spill.pop(key, self._device) for key in keys])
+                self._hand_over(work, spill, accumulators)
                 self.spilled = spill.in_file
         except torch.OutOfMemoryError:
             raise CalibrationError(f"out of memory on {self._device}", hint="lower batch_size or max_length") from None
 
+    def _hand_over(self, work: Work, spill: Spill, accumulators: Accumulators) -> None:
+        """Give the states of all boundaries of each part to the accumulators."""
+        for number, parts in enumerate(work.parts):
+            for part in parts:
+                keys = [(model, number, part.start, at) for model, one in enumerate(self.models) for at in range(one.depth + 1)]
+                accumulators.add(part.samples, part.rows, [spill.pop(key, self._device) for key in keys])
+
     def _walk(self, model: int, skeleton: Skeleton, work: Work, spill: Spill) -> None:
-        """Put the boundary states of one model into the spill: (model, batch, boundary)."""
+        """Put the boundary states of one model into the spill: (model, batch, start of the part, boundary)."""
         arguments = Arguments(spill, self._device)
         with self._weights[model], self._bar(skeleton) as bar:
             with skeleton.rest():
@@ -134,7 +157,7 @@ class Streamed:
                     ids, mask = (tensor.to(self._device) for tensor in padded(batch))
                     state, calls = skeleton.record(ids, mask)
                     arguments.keep(number, calls)
-                    self._keep(spill, (model, number), state, work.rows[number], 0)
+                    self._keep(spill, (model, number), state, work.parts[number], 0)
             for index in range(len(skeleton.layers)):
                 with skeleton.layer(index) as layer, torch.inference_mode():
                     if self._device.type == "cuda" or self._fits_two(skeleton):
@@ -142,15 +165,23 @@ class Streamed:
                     for number in range(len(work.batches)):
                         state = spill.get((model, number), self._device)
                         state = skeleton.output(arguments.call(number, index), layer, state)
-                        self._keep(spill, (model, number), state, work.rows[number], index + 1)
+                        self._keep(spill, (model, number), state, work.parts[number], index + 1)
                 bar.update()
             for number in range(len(work.batches)):
                 spill.pop((model, number))
             arguments.drop()
 
-    def _keep(self, spill: Spill, key: tuple[int, int], state: Tensor, rows: Tensor, boundary: int) -> None:
-        spill.put((*key, boundary), state[rows.to(state.device)])
+    def _keep(self, spill: Spill, key: tuple[int, int], state: Tensor, parts: Sequence[Part], boundary: int) -> None:
+        for part in parts:
+            spill.put((*key, part.start, boundary), part.pick(state))
         spill.put(key, state)
+
+    def _part_size(self, batches: Sequence[Sequence[Sample]]) -> int:
+        """Samples whose states at all boundaries take a quarter of the room at most; one at least."""
+        longest = max((len(sample.ids) for batch in batches for sample in batch), default=1)
+        wide = zip(self._skeletons, self.models, strict=True)
+        each = sum(skeleton.hidden * skeleton.dtype.itemsize * (model.depth + 1) for skeleton, model in wide) * longest
+        return max(1, min(self._room.size, self._host.size) // (4 * each))
 
     def _fixed(self, skeleton: Skeleton) -> int:
         """Bytes that a model takes at once, whatever the samples: what is not in the layers, or a layer while it is loaded."""
@@ -168,3 +199,8 @@ class Streamed:
 
     def _bar(self, skeleton: Skeleton) -> tqdm[Any]:
         return tqdm(total=len(skeleton.layers), desc="measuring", unit="layer", disable=not self._progress, leave=False)
+
+
+def _area(batch: Sequence[Sample]) -> int:
+    """Tokens of a batch, pads included."""
+    return len(batch) * max(len(sample.ids) for sample in batch)
