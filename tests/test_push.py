@@ -336,6 +336,7 @@ def test_a_run_goes_on_with_the_upload_alone(hub: Hub, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").stat().st_ino == written.st_ino, "nothing was written again"
     assert sent(hub) == [], "and nothing stored again"
     assert run_recipe(tmp_path / "r.yaml", progress=False) == report, "and once more: nothing to do"
+    assert main(["run", "r.yaml", "-q"]) == 0
     assert len(commits(hub)) == 2
 
 
