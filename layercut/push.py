@@ -188,7 +188,9 @@ class Push:
                 return Sent(head, self.repository.url(head), self.upload.target)
             additions = _additions(items, difference.changed)
             self.repository.store(additions)
-            self._digests |= {(add.path_in_repo, "sha256"): add.upload_info.sha256.hex() for add in additions if add.upload_info.is_hashed}
+            # Contents that the client has read are not read again; an older one has always read them.
+            stored = [add for add in additions if getattr(add.upload_info, "is_hashed", True)]
+            self._digests |= {(add.path_in_repo, "sha256"): add.upload_info.sha256.hex() for add in stored}
             if _seen(items) != seen:
                 raise UploadError("was changed while it was sent; nothing was published", where=folder, hint=AGAIN)
             operations = [*additions, *(CommitOperationDelete(path_in_repo=name) for name in difference.removed)]
