@@ -47,10 +47,6 @@ class DoneError(LayercutError):
     """The main rank finished without what this one waits for: it had no need of the others."""
 
 
-class EndedError(LayercutError):
-    """The launcher ended this process."""
-
-
 class Seat(NamedTuple):
     """The place of this process among those that were launched together."""
 
@@ -221,24 +217,33 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     stop = threading.Event()
     heart = threading.Thread(target=ranks.beat, args=(stop,), daemon=True, name="layercut-alive")
     heart.start()
+    ended = threading.Event()
     try:
-        with _told_by_launcher():
+        with _told_by_launcher(ended):
             with suppress(DoneError):
                 yield ranks
             ranks.part()
     except SilentError:
         raise
     except BaseException as error:
-        known = isinstance(error, LayercutError | KeyboardInterrupt)
-        message = str(error) if isinstance(error, LayercutError) else type(error).__name__
-        heard = ranks.fail(message, TERMINATED if isinstance(error, EndedError) else math.inf)
+        reason = _reason(error, ended)
+        heard = ranks.fail(str(reason or type(error).__name__), TERMINATED if ended.is_set() else math.inf)
         if ranks.main:
             ranks.close()
-        elif heard and known:
-            raise SilentError(message) from None
-        raise
+        elif heard and (reason is not None or isinstance(error, KeyboardInterrupt)):
+            raise SilentError(str(reason)) from None
+        if reason is None or reason is error:
+            raise
+        raise reason from None
     finally:
         stop.set()
+
+
+def _reason(error: BaseException, ended: threading.Event) -> LayercutError | None:
+    """What to say of an error, if it is for people."""
+    if ended.is_set():  # whatever the interrupted code made of it
+        return LayercutError("the launcher ended this run: another rank died, or it was told to stop", hint="what it prints says which")
+    return error if isinstance(error, LayercutError) else None
 
 
 def _meet(seat: Seat, patience: float) -> Any:
@@ -256,14 +261,15 @@ def _meet(seat: Seat, patience: float) -> Any:
 
 
 @contextmanager
-def _told_by_launcher() -> Iterator[None]:
-    """SIGTERM is how a launcher ends the ranks that are left when one of them died."""
+def _told_by_launcher(ended: threading.Event) -> Iterator[None]:
+    """SIGTERM is how a launcher ends the ranks that are left when one of them died: as Ctrl-C does, which nothing takes for an error."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stopped(number: int, frame: FrameType | None) -> None:
-        raise EndedError("the launcher ended this run: another rank died, or it was told to stop", hint="what it prints says which")
+        ended.set()
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stopped)
     try:

@@ -249,7 +249,10 @@ try:
         if ranks.seat.rank == 1 and sys.argv[1] == "raise":
             raise LayercutError("the weights are damaged", where="m")
         if ranks.seat.rank == 1 and sys.argv[1] != "work":
-            time.sleep(60)
+            try:
+                time.sleep(60)
+            except Exception:  # what ends a run must not be taken for a failure of what it interrupted
+                raise LayercutError("taken for an error") from None
         found = ranks.collect({"x": torch.full((2,), float(ranks.seat.rank))}, {"samples": ranks.seat.rank})
         print(ranks.hand_out("sum", str(sum(float(s["x"].sum()) for s, _ in found)) if ranks.main else None), flush=True)
 except SilentError:
