@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, NamedTuple, TypeAlias
+from random import Random
+from typing import IO, Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, Discriminator, Field, StrictBool, Tag
 from pydantic_core import PydanticCustomError, PydanticKnownError
@@ -23,6 +24,10 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 from layercut.errors import CalibrationError, did_you_mean
 from layercut.record import Record
 
+Item = TypeVar("Item")
+
+BUFFER = 1024
+"""Samples that a shuffle chooses from."""
 PIECE = 1 << 16
 """Characters of plain text that are read at a time."""
 
@@ -47,7 +52,7 @@ def _as_samples(value: object) -> object:
     """`auto` stands for its defaults; one message instead of one for each kind of value."""
     if value == "auto":
         return Auto()
-    if isinstance(value, bool) or not isinstance(value, int | str | Auto | Mapping):
+    if isinstance(value, bool) or not isinstance(value, int | Auto | Mapping):
         raise PydanticCustomError("samples", "samples must be a number, auto, or a mapping of least and most")
     if isinstance(value, int) and value < 1:
         raise PydanticKnownError("greater_than_equal", {"ge": 1})
@@ -69,6 +74,10 @@ class CalibrationBase(Record):
     `{least: 16, most: 512}`."""
     max_length: int = Field(512, ge=2)
     """Tokens of a sample at most, a BOS token included."""
+    min_length: int = Field(1, ge=1)
+    """Tokens of a sample at least, a BOS token included; shorter documents are skipped."""
+    seed: int | None = None
+    """Shuffles the samples, through a buffer of 1,024 so that nothing is read to its end; without it they come in the order of the text."""
     batch_size: int = Field(8, ge=1)
     """Samples that run through the model at once; changes speed and memory, not results."""
     bos: Annotated[Literal["auto"] | StrictBool, BeforeValidator(_check_bos)] = "auto"
@@ -129,6 +138,8 @@ class Tally:
     """Documents that hold text; a plain text file is one document."""
     skipped: int = 0
     """Documents that are blank, or whose text gives no tokens."""
+    short: int = 0
+    """Documents, or whole running texts, of fewer tokens than `min_length`."""
 
 
 class Passage(NamedTuple):
@@ -164,21 +175,47 @@ def samples(
     prefix: list[int],
     max_length: int,
     tally: Tally,
+    min_length: int = 1,
 ) -> Iterator[list[int]]:
-    """Token sequences of 1 to `max_length` tokens, lazily; `encode` adds no special tokens, `prefix` starts each sample."""
+    """Token sequences of `min_length` to `max_length` tokens, lazily; `encode` adds no special tokens, `prefix` starts each sample."""
     room = max_length - len(prefix)
+    if min_length > max_length:
+        raise CalibrationError(f"min_length {min_length} is more than max_length {max_length}")
     if room < 1:
         raise CalibrationError(f"max_length {max_length} leaves no room after {len(prefix)} special tokens")
     for stream, group in itertools.groupby(texts, key=lambda passage: passage.stream):
         encoded = (encode(passage.text) for passage in group)
         if stream is not None:
-            yield from ([*prefix, *window] for window in windows(encoded, room))
+            for window in windows(encoded, room):
+                if len(prefix) + len(window) < min_length:
+                    tally.short += 1
+                else:
+                    yield [*prefix, *window]
             continue
         for ids in encoded:
-            if ids:
-                yield [*prefix, *ids[:room]]
-            else:
+            if not ids:
                 tally.skipped += 1
+            elif len(prefix) + len(ids) < min_length:
+                tally.short += 1
+            else:
+                yield [*prefix, *ids[:room]]
+
+
+def shuffled(items: Iterable[Item], seed: int | None) -> Iterator[Item]:
+    """The items in a seeded order, through a buffer: each comes from the next `BUFFER` ones. In their own order without a seed."""
+    if seed is None:
+        yield from items
+        return
+    random, buffer = Random(seed), list[Item]()
+    for item in items:
+        if len(buffer) < BUFFER:
+            buffer.append(item)
+            continue
+        at = random.randrange(BUFFER)
+        yield buffer[at]
+        buffer[at] = item
+    random.shuffle(buffer)
+    yield from buffer
 
 
 def windows(encoded: Iterable[list[int]], size: int) -> Iterator[list[int]]:

@@ -19,7 +19,7 @@ import transformers
 from tqdm import tqdm
 
 from layercut.accumulators import Accumulators, Model, Schedule
-from layercut.calibration import Auto, Calibration, Tally, passages, samples
+from layercut.calibration import Auto, Calibration, Tally, passages, samples, shuffled
 from layercut.checkpoint import Checkpoint
 from layercut.encoding import SharedTokenizer
 from layercut.errors import CalibrationError
@@ -105,8 +105,12 @@ Text: TypeAlias = Sequence["array[int]"]
 
 def _text(calibration: Calibration, tokenizer: SharedTokenizer, tally: Tally) -> Text:
     """The samples. Raises CalibrationError when there is none."""
-    found = samples(passages(calibration, tally=tally), tokenizer.encode, tokenizer.prefix, calibration.max_length, tally)
-    text = [array("q", ids) for ids in itertools.islice(found, calibration.most)]
+    read = passages(calibration, tally=tally)
+    found = samples(read, tokenizer.encode, tokenizer.prefix, calibration.max_length, tally, calibration.min_length)
+    text = [array("q", ids) for ids in itertools.islice(shuffled(found, calibration.seed), calibration.most)]
+    if not text and tally.short:
+        message = f"none of {tally.short} documents has {calibration.min_length} tokens"
+        raise CalibrationError(message, hint="lower min_length or use longer texts")
     if not text:
         raise CalibrationError("the calibration text gives no tokens")
     return text
@@ -248,6 +252,7 @@ def _details(
         **calibration.model_dump(mode="json", exclude={"batch_size", "bos"}),
         "documents_read": tally.read,
         "documents_skipped": tally.skipped,
+        "documents_too_short": tally.short,
         "bos": "added" if tokenizer.prefix else "not added",
         "bos_policy": calibration.bos,
         "prefix": tokenizer.tokens(tokenizer.prefix),

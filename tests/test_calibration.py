@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from layercut.calibration import (
+    BUFFER,
     PIECE,
+    Auto,
     BuiltinCalibration,
     Calibration,
     HubCalibration,
@@ -24,6 +26,7 @@ from layercut.calibration import (
     documents,
     passages,
     samples,
+    shuffled,
     windows,
 )
 from layercut.errors import CalibrationError
@@ -65,7 +68,9 @@ def cut(texts: list[Passage], max_length: int, prefix: list[int] | None = None) 
 
 
 def test_defaults() -> None:
-    assert Recipe().calibration.model_dump() == {"source": "builtin", "samples": 128, "max_length": 512, "batch_size": 8, "bos": "auto"}
+    assert Recipe().calibration.model_dump() == {
+        "source": "builtin", "samples": 128, "max_length": 512, "min_length": 1, "seed": None, "batch_size": 8, "bos": "auto",
+    }  # fmt: skip
     hub = Recipe.model_validate({"calibration": {"source": "hub", "dataset": "allenai/c4"}}).calibration
     assert isinstance(hub, HubCalibration)
     assert (hub.name, hub.split, hub.column, hub.revision, hub.streaming) == (None, "train", "text", None, True)
@@ -342,6 +347,52 @@ def test_running_texts_do_not_mix() -> None:
 def test_the_prefix_counts() -> None:
     assert cut([Passage("abcdef", None), Passage("uvwxyz", "f")], 4, [ord("<")])[0] == ["<abc", "<uvw", "<xyz"]
     assert message(lambda: cut([Passage("a", None)], 2, [1, 2])) == "max_length 2 leaves no room after 2 special tokens"
+
+
+def test_short_documents_are_skipped_and_counted() -> None:
+    tally = Tally()
+    texts = [Passage("abc", None), Passage("ab", None), Passage("", None), Passage("abcdef", None), Passage("x", "a.txt")]
+    found = list(samples(texts, by_character, [1], 5, tally, min_length=4))
+    assert found == [[1, 97, 98, 99], [1, 97, 98, 99, 100]]
+    assert tally == Tally(read=0, skipped=1, short=2)
+    assert message(lambda: list(samples(texts, by_character, [], 5, tally, min_length=6))) == "min_length 6 is more than max_length 5"
+
+
+def test_a_shuffle_is_seeded_and_lazy() -> None:
+    items = list(range(3 * BUFFER))
+    assert list(shuffled(iter(items), None)) == items
+    once, again, other = (list(shuffled(iter(items), seed)) for seed in (1, 1, 2))
+    assert once == again
+    assert sorted(once) == items
+    assert len({tuple(order) for order in (items, once, other)}) == 3
+    taken = iter(items)
+    next(shuffled(taken, 1))
+    assert next(taken) == BUFFER + 1
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("auto", Auto()), ({"least": 16}, Auto(least=16)), ({"least": 2, "most": 512}, Auto(least=2, most=512)), (5, 5)],
+)
+def test_samples_may_be_auto(value: Any, expected: Any) -> None:
+    found = Recipe.model_validate({"calibration": {"source": "builtin", "samples": value}}).calibration
+    assert found.samples == expected
+    assert found.most == (expected if isinstance(expected, int) else expected.most)
+
+
+@pytest.mark.parametrize(
+    ("value", "place", "text"),
+    [
+        ("many", "samples", "samples must be a number, auto, or a mapping of least and most"),
+        (True, "samples", "samples must be a number, auto, or a mapping of least and most"),
+        ({"least": 1}, "least", "Input should be greater than or equal to 2"),
+        ({"up_to": 9}, "up_to", "Extra inputs are not permitted"),
+    ],
+)
+def test_samples_that_do_not_do(value: Any, place: str, text: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate({"calibration": {"source": "builtin", "samples": value}})
+    assert [(error["loc"][-1], error["msg"]) for error in caught.value.errors()] == [(place, text)]
 
 
 def test_a_document_without_tokens_is_skipped() -> None:

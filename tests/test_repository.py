@@ -94,6 +94,7 @@ OF_THE_WHOLE = (
     "hostile",
     "hub",
     "kill",
+    "looks",
     "mtp",
     "repository",
 )
