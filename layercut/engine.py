@@ -68,43 +68,36 @@ def measure(
     Raises CalibrationError when the text does not do, CheckpointError when a model does not load, runs out of finite
     numbers or has no layers where they should be, and RefusedError when two models cannot be compared.
     """
-    where = pick_device(device, ranks.seat.local_rank)
     for metric in metrics:
         check_index(metric.token, calibration.max_length, metric.label, f"max_length is {calibration.max_length}", "raise max_length")
-    tokenizer = SharedTokenizer({alias: load_tokenizer(model.folder) for alias, model in models.items()}, calibration.bos)
-    tally = Tally()
-    text = _text(calibration, tokenizer, tally)  # before the models: text fails faster than they load
-    labels = tuple(dict.fromkeys(metric.label for metric in metrics))
+    where = pick_device(device, ranks.seat.local_rank)
     settings = Settings(calibration, where, dtype, memory, ranks.seat.world, depths, prefixes or {}, question)
-    shelf = None if cache is None or settings.asks else Shelf(cache, models, text, settings, ranks, progress)
-    known = None if shelf is None else shelf.known
-    lacking = missing(known, labels)
-    if known is not None and not lacking:
-        return only(known, labels)
+    reading = _read(models, calibration)  # before the models: text fails faster than they load
+    labels = tuple(dict.fromkeys(metric.label for metric in metrics))
+    shelf = None if cache is None or settings.asks else Shelf(cache, models, reading.text, settings, ranks, progress)
+    lacking = missing(None if shelf is None else shelf.known, labels)
+    if shelf is not None and shelf.known is not None and not lacking:
+        return only(shelf.known, labels)
     wanted = [metric for metric in metrics if metric.label in lacking]
-    sources = [Source(alias, model, depths[alias], (prefixes or {}).get(alias)) for alias, model in models.items()]
-    schedule, reason = pick_schedule(sources, where, dtype, memory, sharers=ranks.seat.local_world, progress=progress)
-    looked = _look(schedule, wanted if shelf is None else _family(wanted), text, calibration, question, ranks, progress)
-    if looked is None:
-        return only(Measurement.model_validate_json(ranks.hand_out("measurement")), labels)
-    details = _details(schedule.models, tokenizer, calibration, tally, where, reason)
-    details |= {"ranks": ranks.seat.world} if ranks.seat.world > 1 else {}
-    if looked.verdicts:
-        details["settled"] = all(verdict.settled for verdict in looked.verdicts)
-        details["settling"] = [verdict.text for verdict in looked.verdicts]
-    measurement = Measurement(tables=looked.seen.tables(), samples=looked.used.samples, tokens=looked.used.tokens, details=details)
-    if shelf is not None:
-        measurement = shelf.keep(measurement)
-    ranks.hand_out("measurement", measurement.model_dump_json())
-    return only(measurement, labels)
+    return only(_run(models, wanted, reading, settings, shelf, ranks, progress), labels)
 
 
 Text: TypeAlias = Sequence["array[int]"]
 """Token ids of every sample."""
 
 
-def _text(calibration: Calibration, tokenizer: SharedTokenizer, tally: Tally) -> Text:
+class Reading(NamedTuple):
+    """The text as tokens, and how it was read."""
+
+    text: Text
+    tokenizer: SharedTokenizer
+    tally: Tally
+
+
+def _read(models: Mapping[str, Checkpoint], calibration: Calibration) -> Reading:
     """The samples. Raises CalibrationError when there is none."""
+    tokenizer = SharedTokenizer({alias: load_tokenizer(model.folder) for alias, model in models.items()}, calibration.bos)
+    tally = Tally()
     read = passages(calibration, tally=tally)
     found = samples(read, tokenizer.encode, tokenizer.prefix, calibration.max_length, tally, calibration.min_length)
     text = [array("q", ids) for ids in itertools.islice(shuffled(found, calibration.seed), calibration.most)]
@@ -113,7 +106,7 @@ def _text(calibration: Calibration, tokenizer: SharedTokenizer, tally: Tally) ->
         raise CalibrationError(message, hint="lower min_length or use longer texts")
     if not text:
         raise CalibrationError("the calibration text gives no tokens")
-    return text
+    return Reading(text, tokenizer, tally)
 
 
 def _family(metrics: Sequence[Metric]) -> list[Metric]:
@@ -177,6 +170,34 @@ class Shelf:
         return whole if self.known is None else whole.model_copy(update={"details": self.known.details})
 
 
+def _run(
+    models: Mapping[str, Checkpoint],
+    metrics: Sequence[Metric],
+    reading: Reading,
+    settings: Settings,
+    shelf: Shelf | None,
+    ranks: Ranks,
+    progress: bool,
+) -> Measurement:
+    """Run the models, and keep what was measured. Every rank is given the same."""
+    where, memory, local = settings.device, settings.memory, ranks.seat.local_world
+    sources = [Source(alias, model, settings.depths[alias], settings.prefixes.get(alias)) for alias, model in models.items()]
+    schedule, reason = pick_schedule(sources, where, settings.dtype, memory, sharers=local, progress=progress)
+    looked = _look(schedule, metrics if shelf is None else _family(metrics), reading.text, settings, ranks, progress)
+    if looked is None:
+        return Measurement.model_validate_json(ranks.hand_out("measurement"))
+    details = _details(schedule.models, reading, settings.calibration, where, reason)
+    details |= {"ranks": ranks.seat.world} if ranks.seat.world > 1 else {}
+    if looked.verdicts:
+        details["settled"] = all(verdict.settled for verdict in looked.verdicts)
+        details["settling"] = [verdict.text for verdict in looked.verdicts]
+    measurement = Measurement(tables=looked.seen.tables(), samples=looked.used.samples, tokens=looked.used.tokens, details=details)
+    if shelf is not None:
+        measurement = shelf.keep(measurement)
+    ranks.hand_out("measurement", measurement.model_dump_json())
+    return measurement
+
+
 class Looked(NamedTuple):
     """What was seen, on how much text, and whether it was enough."""
 
@@ -189,12 +210,12 @@ def _look(
     schedule: Schedule,
     metrics: Sequence[Metric],
     text: Text,
-    calibration: Calibration,
-    question: Question | None,
+    settings: Settings,
     ranks: Ranks,
     progress: bool,
 ) -> Looked | None:
     """Run the models over the text: all of it, or look by look until what is asked is settled. None on ranks that are not the main one."""
+    calibration, question = settings.calibration, settings.question
     auto = calibration.samples if isinstance(calibration.samples, Auto) else None
     sizes = [len(text)] if auto is None else look_sizes(auto.least, min(auto.most, len(text)))
     looks = 1 if auto is None else len(look_sizes(auto.least, auto.most))
@@ -245,9 +266,8 @@ def _batches(text: Text, first: int, last: int, size: int) -> Iterator[list[Samp
             yield ahead[start : start + size]
 
 
-def _details(
-    models: Sequence[Model], tokenizer: SharedTokenizer, calibration: Calibration, tally: Tally, where: torch.device, reason: str
-) -> dict[str, Any]:
+def _details(models: Sequence[Model], reading: Reading, calibration: Calibration, where: torch.device, reason: str) -> dict[str, Any]:
+    tokenizer, tally = reading.tokenizer, reading.tally
     return {
         **calibration.model_dump(mode="json", exclude={"batch_size", "bos"}),
         "documents_read": tally.read,
