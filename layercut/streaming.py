@@ -20,7 +20,7 @@ from layercut.arguments import Arguments
 from layercut.checkpoint import Checkpoint
 from layercut.errors import CalibrationError
 from layercut.loading import quiet
-from layercut.memory import Room, shown
+from layercut.memory import Room, give_back, shown
 from layercut.resident import padded
 from layercut.runner import Limits
 from layercut.skeleton import Skeleton
@@ -166,6 +166,7 @@ class Streamed:
                         state = spill.get((model, number), self._device)
                         state = skeleton.output(arguments.call(number, index), layer, state)
                         self._keep(spill, (model, number), state, work.parts[number], index + 1)
+                give_back()
                 bar.update()
             for number in range(len(work.batches)):
                 spill.pop((model, number))

@@ -10,7 +10,7 @@ import pytest
 from conftest import write_checkpoint
 
 from layercut.checkpoint import open_checkpoint
-from layercut.memory import SHARE, Room, free_memory, room_of, shown, whole_size
+from layercut.memory import SHARE, Room, free_memory, give_back, room_of, shown, whole_size
 
 
 def group(folder: Path, **files: object) -> None:
@@ -97,3 +97,14 @@ def test_weights_in_another_dtype(tmp_path: Path) -> None:
 def test_sizes_for_people(size: int, text: str) -> None:
     assert shown(size) == text
     assert re.fullmatch(r"[0-9.]+ (bytes|kB|MB|GB|TB)", text)
+
+
+def test_freed_memory_goes_back() -> None:
+    """Blocks too small to be mapped on their own, with one in use at the end: the system would not see them again otherwise."""
+    blocks = [b"x" * 100_000 for _ in range(2000)]
+    last = bytes(100_000)
+    full = psutil.Process().memory_info().rss
+    del blocks
+    give_back()
+    assert psutil.Process().memory_info().rss < full - 150_000_000
+    assert last == bytes(100_000)
