@@ -32,6 +32,7 @@ import engine_peer as peer  # noqa: E402
 import mergekit_parity as parity  # noqa: E402
 import parity_cases as cases  # noqa: E402
 import parity_rules as rules  # noqa: E402
+import settling as looking  # noqa: E402
 
 Tensors = Mapping[str, torch.Tensor]
 CASE = cases.Case("x", "llama", "slices: []\n")
@@ -465,3 +466,35 @@ def test_engine_pins_what_it_installs() -> None:
     assert {pin.name for pin in pins} >= set(speed.PACKAGES)
     assert all([spec.operator for spec in pin.specifier] == ["=="] for pin in pins)
     assert str(next(pin.specifier for pin in pins if pin.name == "transformers")) == "==4.46.3"
+
+
+# samples: auto
+
+
+def kept_of(rows: list[list[float]]) -> Any:
+    """A model of two layers, of which each sample says how far layer 0 and layer 1 turn the state."""
+    sums = torch.zeros(len(rows), 3, 3, dtype=torch.float64)
+    sums[:, 0, 1], sums[:, 1, 2] = torch.tensor(rows, dtype=torch.float64).T
+    return looking.Kept(sums, torch.ones(len(rows), dtype=torch.float64))
+
+
+def test_auto_stops_where_the_samples_agree() -> None:
+    clear = kept_of([[0.1 + 0.001 * (number % 3), 0.5] for number in range(64)])
+    assert looking.auto(clear, "angular[last]", 1, 32)[:3] == (0, 8, True)
+    close = kept_of([[0.1 + 0.2 * (number % 2), 0.201] for number in range(64)])
+    start, samples, settled, text = looking.auto(close, "angular[last]", 1, 32)
+    assert (start, samples, settled) == (0, 32, False)
+    assert text.endswith("more text may lead to [1, 2)")
+
+
+def test_the_page_of_auto_counts_what_was_wrong() -> None:
+    told = looking.Outcome(1, 128, False, "not settled; more text may lead to [0, 1)")
+    rows = [("angular[last]", 1, 0, [looking.Outcome(0, 8, True, ""), told])]
+    text, kept = looking.page(rows, 512, 56, 128, 1.0)
+    assert "| angular[last] | 1 | [0, 1) | 1 of 2 | 1 | 0 | 1 | 1 | 13.3% |" in text
+    assert "1 choices were called settled, 0 of them wrongly" in text
+    assert kept
+    text, kept = looking.page([("angular[last]", 1, 0, [looking.Outcome(1, 8, True, "settled")])], 512, 56, 128, 1.0)
+    assert "1 choices were called settled, 1 of them wrongly" in text
+    assert "1 choices of another block were made without saying so" in text
+    assert not kept
