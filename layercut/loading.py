@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as chatter
 
 from layercut.calibration import first_line
-from layercut.checkpoint import Checkpoint
+from layercut.checkpoint import Checkpoint, read_config
 from layercut.errors import CalibrationError, CheckpointError, LayercutError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -73,9 +74,30 @@ def settled_dtype(checkpoint: Checkpoint, device: torch.device, dtype: str | Non
 
 
 def load_backbone(folder: Path, device: torch.device, dtype: str | None = None) -> nn.Module:
-    """The model without its LM head, in eval mode, without KV cache. Raises CheckpointError when a weight is missing."""
-    model: nn.Module = _load(AutoModel, folder, device, dtype, use_cache=False)
+    """The model without its head, in eval mode. Raises CheckpointError when a weight is missing.
+
+    A checkpoint of a task may lack what the bare model of its type has (a pooler, say), and a type may have no bare model: then it
+    is the backbone of the class that config.json names.
+    """
+    try:
+        model: nn.Module = _load(AutoModel, folder, device, dtype)
+    except CheckpointError as error:
+        named = _named_class(folder)
+        if named is None:
+            raise
+        try:
+            model = _load(named, folder, device, dtype).base_model
+        except CheckpointError:
+            raise error from None
     return model
+
+
+def _named_class(folder: Path) -> Any:
+    """The class of transformers that config.json names under `architectures`, or None. Never one that a checkpoint brings along."""
+    names = read_config(folder)[1].get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, first, None) if isinstance(first, str) and first.isidentifier() else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def load_causal_lm(folder: Path, device: torch.device, dtype: str | None = None) -> Any:

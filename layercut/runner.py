@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from layercut.calibration import first_line
 from layercut.errors import CalibrationError, CheckpointError
 from layercut.loading import layers_of
 from layercut.tokens import Sample
@@ -56,8 +58,26 @@ class Runner:
         """Boundary states h_0 .. h_L of the tokens that `rows` (samples, width; bool) picks: L + 1 tensors of (tokens, d)."""
         self.limits.check(batch)
         with Boundaries(self.alias, self.layers, rows) as boundaries, torch.inference_mode():
-            self.backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+            try:
+                self.backbone(**given(self.backbone, ids, mask))
+            except (ValueError, TypeError, AttributeError) as error:  # a model that wants pictures or sounds says so in one of these
+                message = f"model '{self.alias}' does not run on a text alone: {first_line(error)}"
+                raise CheckpointError(message, hint="this architecture cannot be measured") from None
         return boundaries.states()
+
+
+def given(backbone: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """What a forward pass is called with: the text alone, which a model with a decoder of its own reads on both sides."""
+    named = inspect.signature(backbone.forward).parameters
+    passed: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if "use_cache" in named or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in named.values()):
+        passed["use_cache"] = False
+    if "decoder_input_ids" in named:
+        passed["decoder_input_ids"] = ids
+    if "decoder_attention_mask" in named:
+        passed["decoder_attention_mask"] = mask
+    wrapped = "input_ids" not in named  # a forward pass that somebody wrapped does not tell what it takes
+    return {name: value for name, value in passed.items() if wrapped or name in named or name == "use_cache"}
 
 
 class Boundaries:
