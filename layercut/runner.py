@@ -29,8 +29,14 @@ class Limits(NamedTuple):
     def of(cls, alias: str, backbone: nn.Module) -> Limits:
         """Those of a loaded model, or of one without weights."""
         config: Any = backbone.config
-        embeddings: Any = backbone.get_input_embeddings()  # type: ignore[operator]
-        return cls(alias, getattr(config.get_text_config(), "max_position_embeddings", None), int(embeddings.weight.shape[0]))
+        text = config.get_text_config()
+        try:
+            embeddings: Any = backbone.get_input_embeddings()  # type: ignore[operator]
+            vocabulary = int(embeddings.weight.shape[0])
+        except (NotImplementedError, AttributeError):  # a decoder without its encoder does not say where they are
+            vocabulary = int(text.vocab_size)
+        positions = getattr(text, "max_position_embeddings", None)
+        return cls(alias, positions if positions is None or positions > 0 else None, vocabulary)
 
     def check(self, batch: Sequence[Sample]) -> None:
         """Raise CalibrationError or CheckpointError when a sample does not fit."""
@@ -60,7 +66,12 @@ class Runner:
         with Boundaries(self.alias, self.layers, rows) as boundaries, torch.inference_mode():
             try:
                 self.backbone(**given(self.backbone, ids, mask))
-            except (ValueError, TypeError, AttributeError) as error:  # a model that wants pictures or sounds says so in one of these
+            except (
+                ValueError,
+                TypeError,
+                AttributeError,
+                KeyError,
+            ) as error:  # a model that wants pictures or sounds says so in one of these
                 message = f"model '{self.alias}' does not run on a text alone: {first_line(error)}"
                 raise CheckpointError(message, hint="this architecture cannot be measured") from None
         return boundaries.states()
@@ -117,7 +128,7 @@ class Boundaries:
 
     def _output_hook(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Layers gave tuples before transformers 4.54 and tensors since then.
-        self._keep(len(self._layers), output[0] if isinstance(output, tuple) else output)
+        self._keep(len(self._layers), output[0] if isinstance(output, tuple | list) else output)
 
     def _keep(self, boundary: int, state: Any) -> None:
         shape = tuple(state.shape) if isinstance(state, Tensor) else None

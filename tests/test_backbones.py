@@ -35,7 +35,7 @@ BART = {
     "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32,
 }  # fmt: skip
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
-KINDS = ["bert", "distilbert", "modernbert", "bart", "t5", "llava", "mamba", "jamba", "recurrent_gemma"]
+KINDS = ["bert", "distilbert", "modernbert", "bart", "t5", "llava", "mamba", "jamba", "recurrent_gemma", "bart decoder", "openai-gpt"]
 
 
 def made(kind: str) -> Any:
@@ -50,6 +50,11 @@ def made(kind: str) -> Any:
         return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**ENCODER, **marks))
     if kind == "bart":
         return transformers.BartForConditionalGeneration(transformers.BartConfig(**BART))
+    if kind == "bart decoder":
+        return transformers.BartForCausalLM(transformers.BartConfig(**{**BART, "encoder_layers": 3}))
+    if kind == "openai-gpt":
+        sizes = {"vocab_size": 60, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32}
+        return transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**sizes))
     if kind == "t5":
         sizes = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2}
         return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
@@ -81,7 +86,9 @@ def hooked(model: Any, layers: Any) -> list[torch.Tensor]:
         )
         for layer in layers
     ]
-    handles.append(layers[-1].register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)))
+    handles.append(
+        layers[-1].register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple | list) else out))
+    )
     with torch.no_grad():
         more = {"decoder_input_ids": IDS, "decoder_attention_mask": MASK} if model.config.is_encoder_decoder else {}
         model(input_ids=IDS, attention_mask=MASK, **more)
