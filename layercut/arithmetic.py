@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from layercut.copying import BUFFER, Range, SourceFiles, write_at
 from layercut.errors import OutputError
+from layercut.gathering import gathered_pieces
 from layercut.header import ITEM_BITS, quoted
-from layercut.plan import TensorMade
+from layercut.plan import Part, TensorMade
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,10 @@ def write_made(
 
 def made_pieces(made: TensorMade, folders: Mapping[str, Path], opened: SourceFiles) -> Iterator[bytes | bytearray]:
     """The bytes of one computed tensor, a piece at a time. Raises as `write_made` does, but for the target."""
+    if made.gather is not None:
+        for piece in gathered_pieces(made.gather, prod(made.shape) * ITEM_BITS[made.gather.dtype] // 8, folders, opened):
+            yield _of_piece(made, piece)
+        return
     if not made.parts:  # zeros that are written as such: a hole would take its room later, when nobody checks for it
         zeros = bytes(min(BUFFER, made.nbytes))
         for done in range(0, made.nbytes, BUFFER):
@@ -56,6 +61,16 @@ def made_pieces(made: TensorMade, folders: Mapping[str, Path], opened: SourceFil
             width = ITEM_BITS[part.dtype] // 8
             pieces.append(opened.read(Range(folders[part.model] / part.file, part.begin + first * width, part.begin + last * width)))
         yield _compute(made, pieces)
+
+
+def _of_piece(made: TensorMade, piece: bytearray) -> bytearray:
+    """A gathered piece, computed with where the tensor is not a plain copy."""
+    assert made.gather is not None
+    plain = made.gather.dtype == made.dtype and made.compute is None and not made.factors
+    if plain:
+        return piece
+    whole = Part(model="", file="", begin=0, end=len(piece), dtype=made.gather.dtype, weight=1)
+    return _compute(made.model_copy(update={"parts": (whole,)}), [piece])
 
 
 def _compute(made: TensorMade, pieces: Sequence[bytearray]) -> bytearray:

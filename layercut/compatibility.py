@@ -10,7 +10,8 @@ from layercut.architecture import DEPTH_KEYS, MTP_KEYS, Member, config_node
 from layercut.checkpoint import Checkpoint
 from layercut.errors import RefusedError
 from layercut.quantization import ROOTS, stripped
-from layercut.surgery import RULES, decode
+from layercut.rules import RULES
+from layercut.views import decode
 
 # Keys that say nothing about what a layer computes.
 HARMLESS = (

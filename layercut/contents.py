@@ -68,7 +68,8 @@ def check_contents(output: Checkpoint, report: Report, *, progress: bool = False
     Returns what was compared, in one line. Raises DiffersError, naming the first tensor that is not what it should be, and
     NotCheckedError when a source is gone or no longer the same.
     """
-    depth = find_stack(output).depth
+    recipe = recipe_of(report)
+    depth = find_stack(output, recipe.stack_of(report.layers[-1].model) if report.layers else None, recipe.architecture).depth
     if len(report.layers) != depth:
         raise DiffersError(f"the report lists {len(report.layers)} layers, config.json states {depth}")
     content = expected(report)
@@ -99,12 +100,9 @@ def expected(report: Report) -> Content:
     """What an output of this report, which lists a layer, holds. Raises NotCheckedError and DiffersError."""
     if any(layer.fitted is not None for layer in report.layers):
         raise NotCheckedError("the output holds a map that was fitted, which no source holds")
-    try:
-        recipe = Recipe.model_validate(report.recipe)
-    except ValidationError as error:
-        raise DiffersError(f"the recipe in the report is none: {error.errors()[0]['msg']}") from None
+    recipe = recipe_of(report)
     used = dict.fromkeys(model for layer in report.layers for model in models_of(layer))
-    members = {alias: _member(alias, report.sources[alias]) for alias in [*used, *({report.donor} - used.keys())]}
+    members = {alias: _member(alias, report.sources[alias], recipe) for alias in [*used, *({report.donor} - used.keys())]}
     first, last = report.layers[0].model, report.layers[-1].model
     cast = Cast(*(None if name is None else DTYPES[name] for name in (recipe.dtype, recipe.out_dtype)))
     givers = {alias: members[alias] for alias in used}
@@ -112,13 +110,21 @@ def expected(report: Report) -> Content:
     return Content(tuple(tensor for file in layout.files for tensor in file.tensors), members)
 
 
-def _member(alias: str, source: ReportSource) -> Member:
+def recipe_of(report: Report) -> Recipe:
+    """The recipe that a report holds. Raises DiffersError when it is none: anyone may have written it."""
+    try:
+        return Recipe.model_validate(report.recipe)
+    except ValidationError as error:
+        raise DiffersError(f"the recipe in the report is none: {error.errors()[0]['msg']}") from None
+
+
+def _member(alias: str, source: ReportSource, recipe: Recipe) -> Member:
     """A source, when it can be found and is still what it was."""
     try:
         checkpoint = _find(source)
         if checkpoint.digest != source.digest:
             raise CheckpointError("is no longer what it was: config or structure are others")
-        member = Member(checkpoint, find_stack(checkpoint))
+        member = Member(checkpoint, find_stack(checkpoint, recipe.stack_of(alias), recipe.architecture))
     except (LayercutError, OSError) as error:
         said = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else _without_place(error)
         raise NotCheckedError(f"source {quoted(alias)} ({quoted(source.reference)}) {said}") from None

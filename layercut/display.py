@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut.analysis import Analysis
-from layercut.architecture import LayerStack
+from layercut.architecture import LayerStack, Member
 from layercut.checkpoint import Checkpoint
 from layercut.layout import layer_tensors
 from layercut.plan import Choice, Plan, Seam
@@ -199,7 +199,7 @@ def inspect_data(checkpoint: Checkpoint, stack: LayerStack) -> dict[str, Any]:
         "layer_bytes": sum(layer_bytes),
         "dtypes": dict(sorted(dtypes.items())),
         "files": {file.name: file.size for file in checkpoint.files.values()},
-        "depends_on_layers": [value._asdict() for value in dependents(checkpoint.config, stack)],
+        "depends_on_layers": [value._asdict() for value in dependents(Member(checkpoint, stack))],
         "carried_over": [name for name, _ in checkpoint.companions],
         "left_out": [{"what": what, "reason": reason} for what, reason in checkpoint.left_out],
         "digest": checkpoint.digest,

@@ -10,6 +10,7 @@ from layercut.architecture import LayerStack, Member, config_node
 from layercut.checkpoint import Checkpoint, Tensor
 from layercut.errors import RefusedError
 from layercut.plan import Edit
+from layercut.towers import TEXT, role_of
 
 # Words in the name of a tensor outside the stack that put it behind the last layer: final norm and heads.
 BEHIND = re.compile(
@@ -44,8 +45,19 @@ class Ends(NamedTuple):
 def outside(checkpoint: Checkpoint, stack: LayerStack) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The tensors before and behind the layers of one checkpoint, each in the order of its bytes."""
     found = [tensor for tensor in checkpoint.tensors.values() if stack.place(tensor.name) is None]
-    behind = [t for t in found if MTP.search(t.name) or (BEHIND.search(t.name) and not EMBEDDING.search(t.name))]
+    behind = [tensor for tensor in found if _is_behind(tensor.name, stack)]
     return tuple(tensor for tensor in found if tensor not in behind), tuple(behind)
+
+
+def _is_behind(name: str, stack: LayerStack) -> bool:
+    """Whether a tensor outside the layers belongs to what follows them: not to another tower, nor to the encoder before a decoder."""
+    if MTP.search(name):
+        return True
+    role = role_of(name.split("."))
+    if stack.name not in (TEXT, role.side) and role.side is not None and role.tower == TEXT:
+        return stack.name == "encoder"
+    other = role.tower != TEXT and stack.name in (TEXT, "encoder", "decoder")
+    return not other and BEHIND.search(name) is not None and EMBEDDING.search(name) is None
 
 
 def find_ends(members: Mapping[str, Member], donor: str, first: str, last: str) -> Ends:

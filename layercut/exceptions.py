@@ -1,82 +1,250 @@
 """Architectures whose layers know their place: one data row each, with the reason.
 
-A cut that would load but compute something else is refused here.
+A cut that would load but compute something else is refused here, unless the recipe allows it; so is a cut that would not load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-Order = Sequence[int]
+
+class Case(NamedTuple):
+    """A new stack, and what the model that its config comes from says of itself."""
+
+    model_type: str | None
+    node: Mapping[str, Any]
+    """The config node of the stack, with what the class makes of absent keys."""
+    order: Sequence[int]
+    """Layer index in its model of every layer of the stack."""
+    depth: int
+    """Layers of the source."""
+    stack: str = "text"
+    """Name of the stack."""
+    tensors: Collection[str] = ()
+    """Names of all tensors of the source."""
+    root: Mapping[str, Any] = {}
+    """The whole config."""
+
+    def kinds(self, key: str) -> list[Any]:
+        """The values of a list with one entry a layer, in the source; empty when there is none."""
+        value = self.node.get(key)
+        return value[: self.depth] if isinstance(value, list) and len(value) >= self.depth else []
 
 
-def _tail(order: Order, depth: int) -> bool:
+Test = Callable[[Case], bool]
+
+
+def _tail(case: Case) -> bool:
     """Every layer keeps its index: only layers at the end were cut."""
-    return list(order) == list(range(len(order)))
+    return list(case.order) == list(range(len(case.order)))
 
 
-def _first(order: Order, depth: int) -> bool:
+def _first(case: Case) -> bool:
     """Layer 0, and no other, stands where layer 0 stood."""
-    return order[0] == 0 and 0 not in order[1:]
+    return case.order[0] == 0 and 0 not in case.order[1:]
 
 
-def _last(order: Order, depth: int) -> bool:
-    """The last layer, and no other, stands last."""
-    return order[-1] == depth - 1 and depth - 1 not in order[:-1]
+def _last_stays(case: Case) -> bool:
+    """The last layer of the source stands nowhere but at the end."""
+    return case.depth - 1 not in case.order[:-1]
 
 
-def _never(order: Order, depth: int) -> bool:
+def _same_depth(case: Case) -> bool:
+    return len(case.order) == case.depth
+
+
+def _never(case: Case) -> bool:
     return False
+
+
+def _ranks(case: Case) -> bool:
+    """The layers with n-gram tables, numbered from 1, keep their rank: only the last of them were cut."""
+    listed = [number - 1 for number in case.node.get("ple_layer_ids") or []]
+    kept = [index for index in case.order if index in listed]
+    return kept == listed[: len(kept)]
+
+
+def _led(case: Case) -> bool:
+    """Every layer that reuses the top-k of an indexer still stands behind that of the same layer."""
+    kinds = case.kinds("indexer_types")
+    if not kinds:
+        return True
+    leaders = [max((i for i in range(index + 1) if kinds[i] == "full"), default=None) for index in range(case.depth)]
+    leader: int | None = None
+    for index in case.order:
+        if kinds[index] == "full":
+            leader = index
+        elif leader is None or leader != leaders[index]:
+            return False
+    return True
+
+
+def _producers(case: Case) -> bool:
+    """Every layer that reads keys and values of its kind still reads those of the same layer."""
+    shared = case.node.get("num_kv_shared_layers")
+    kinds = case.kinds("layer_types") or [None] * case.depth
+    if type(shared) is not int or not 0 < shared < case.depth:
+        return True
+    first = case.depth - shared
+    own = [index for index in case.order if index < first]
+    before = {kinds[index]: index for index in range(first)}
+    after = {kinds[index]: index for index in own}
+    return all(after.get(kinds[index]) == before.get(kinds[index]) for index in case.order if index >= first)
+
+
+def _ends_full(case: Case) -> bool:
+    kinds = case.kinds("layer_types")
+    return not kinds or kinds[case.order[-1]] == "full_attention"
+
+
+def _attends(case: Case) -> bool:
+    """A layer of attention is left, where recurrent layers or convolutions stand between them."""
+    kinds = [str(kind) for kind in case.kinds("layer_types") or case.kinds("layers_block_type")]
+    attention = {kind for kind in kinds if re.search(r"attention|hybrid", kind) and not kind.startswith("linear")}
+    recurrent = {kind for kind in kinds if re.search(r"linear_attention|mamba|conv|recurrent", kind)}
+    return not attention or not recurrent or any(kinds[index] in attention for index in case.order)
+
+
+def _both_kinds(case: Case) -> bool:
+    """At least one layer of each kind that the source has."""
+    kinds = case.kinds("layer_types")
+    return {kinds[index] for index in case.order} == set(kinds) if kinds else True
+
+
+def _outer_full(case: Case) -> bool:
+    """The first and the last layer with full attention are those of the source."""
+    full = [index for index, kind in enumerate(case.kinds("layer_types")) if kind == "full_attention"]
+    kept = [index for index in case.order if index in full]
+    return not full or (bool(kept) and (kept[0], kept[-1]) == (full[0], full[-1]))
 
 
 class Exceptional(NamedTuple):
     """A group of model types, the condition on their config, the orders that stay exact, and why others do not."""
 
     model_types: tuple[str, ...]
-    exact: Callable[[Order, int], bool]
+    """Empty: every type whose config meets the condition."""
+    exact: Test
     reason: str
-    when: Callable[[Mapping[str, Any]], bool] = lambda config: True
+    when: Test = lambda case: True
+    fatal: bool = False
+    """Whether other orders would not even load, or load with weights that are not there: no recipe can allow them."""
 
+
+GEMMA = ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_text", "diffusion_gemma_text", "embedding_gemma2_text")
+LOOPED = "layers are looped, paired or shared"
 
 EXCEPTIONS = (
     Exceptional(
         ("gpt2", "gpt-sw3"),
         _tail,
         "scale_attn_by_inverse_layer_idx divides attention by the layer index",
-        lambda config: bool(config.get("scale_attn_by_inverse_layer_idx")),
+        lambda case: bool(case.node.get("scale_attn_by_inverse_layer_idx")),
     ),
     Exceptional(("diffllama",), _tail, "lambda_init depends on the layer index"),
-    Exceptional(("minimax",), _tail, "the decay of lightning attention depends on the layer index"),
-    Exceptional(("beam",), _tail, "the residual scale depends on the layer index"),
-    Exceptional(("minicpm3",), lambda order, depth: len(order) == depth, "the residual scale is scale_depth / sqrt(number of layers)"),
-    Exceptional(("rwkv",), _first, "the first layer has an extra norm (pre_ln)"),
-    Exceptional(("modernbert", "modernbert-decoder"), _first, "the first layer has no attention norm"),
-    Exceptional(("zaya",), _tail, "router state is passed from layer to layer"),
-    Exceptional(("gpt_neox_japanese",), _last, "only the last layer has an attention bias"),
     Exceptional(
-        ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
-        _never,
-        "per-layer embedding tables and shared keys and values are not cut yet",
-    ),
-    Exceptional(("zamba", "zamba2"), _never, "shared blocks are stored under one layer"),
-    Exceptional(
-        ("qwen4_exp", "qwen4_exp_text", "mistral_large4", "mistral_large4_text"),
+        ("minimax",),
         _tail,
-        "layers read tables or keys and values of other layers",
+        "the decay of lightning attention depends on the layer index, and the file does not hold it",
+        lambda case: not any(name.endswith("slope_rate") for name in case.tensors),
     ),
+    Exceptional(("beam",), _tail, "the residual scale depends on the layer index"),
+    Exceptional(("esmc",), _same_depth, "the residual is divided by sqrt(number of layers / 36), and no value of the config says so"),
+    Exceptional(("rwkv",), _first, "the first layer norms the embeddings (pre_ln), and its norm would go to the new first layer"),
+    Exceptional(("modernbert", "modernbert-decoder"), _first, "the first layer has no attention norm"),
+    Exceptional(("zaya",), _tail, "router state is passed from layer to layer, and the first layer has no scale of it"),
+    Exceptional(("reformer",), _tail, "the layers are reversible: two streams are passed from layer to layer"),
     Exceptional(
-        ("dory", "hrm_text", "inkling2", "inkling2_loop", "albert", "perceiver", "funnel", "blt", "reformer"),
-        _never,
-        "layers are looped, paired or shared",
+        ("deberta-v2",),
+        _first,
+        "a convolution is applied behind the first layer",
+        lambda case: bool(case.node.get("conv_kernel_size")),
     ),
+    Exceptional(("gpt_neox_japanese",), _last_stays, "only the last layer has an attention bias"),
+    Exceptional(
+        ("pegasus_x",),
+        _tail,
+        "every second layer of the encoder attends to shifted blocks, and global tokens are passed from layer to layer",
+        lambda case: case.stack == "encoder",
+    ),
+    Exceptional((), _producers, "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"),
+    Exceptional((), _led, "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"),
+    Exceptional((), _attends, "no layer of attention would be left, and the cache of the class wants one", fatal=True),
+    Exceptional(GEMMA[2:], _ends_full, "the class makes the last layer one of full attention", fatal=True),
+    Exceptional(("olmo_hybrid",), _both_kinds, "the class wants a layer of linear attention and one of full attention", fatal=True),
+    Exceptional(("neomme",), _outer_full, "value embeddings feed the first and the last layer of full attention"),
+    Exceptional(("qwen4_exp", "qwen4_exp_text"), _ranks, "the rank of a layer in ple_layer_ids shapes its tables", fatal=True),
+    Exceptional(("dory", "hrm_text", "albert", "perceiver", "funnel", "blt"), _never, LOOPED, fatal=True),
+    Exceptional(
+        ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
+        _never,
+        "blocks of layers attend to the states of earlier blocks, through tensors outside the layers",
+        fatal=True,
+    ),
+    Exceptional(("pi0",), _never, "two stacks run against each other, layer by layer", fatal=True),
 )
 
 
-def objection(config: Mapping[str, Any], order: Order, depth: int) -> str | None:
-    """Why a stack with these source indices would compute something else than its layers did, or None."""
-    kind = config.get("model_type")
+class Objection(NamedTuple):
+    """Why a stack would compute something else than its layers did, or would not load."""
+
+    text: str
+    fatal: bool
+
+
+def objections(case: Case) -> list[Objection]:
+    """Every row that a new stack offends."""
+    return [Objection(_said(case.model_type, row), row.fatal) for row in rows(case) if not row.exact(case)]
+
+
+def rows(case: Case) -> list[Exceptional]:
+    """The rows that apply to a model, whatever is done with its layers."""
+    return [row for row in EXCEPTIONS if (not row.model_types or _speaks_of(row, case)) and row.when(case)]
+
+
+def _speaks_of(row: Exceptional, case: Case) -> bool:
+    """Whether a row is for this model; what cannot be edited at all is refused whatever stack of it is meant."""
+    return case.model_type in row.model_types or (row.exact is _never and case.root.get("model_type") in row.model_types)
+
+
+def hopeless(config: Mapping[str, Any]) -> str | None:
+    """Why the layers of a model cannot be edited at all, by its model types, or None."""
+    kinds = list(_model_types(config))
     for row in EXCEPTIONS:
-        if kind in row.model_types and row.when(config) and not row.exact(order, depth):
-            return f"model type {kind}: {row.reason}, so this stack would load but compute something else"
+        kind = next((kind for kind in kinds if kind in row.model_types), None)
+        if row.exact is _never and kind is not None:
+            return _said(kind, row)
     return None
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterable[str]:
+    kind = config.get("model_type")
+    if isinstance(kind, str):
+        yield kind
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _model_types(value)
+
+
+def _said(kind: str | None, row: Exceptional) -> str:
+    end = "this stack would not run as it is" if row.fatal else "this stack would load but compute something else"
+    return f"model type {kind}: {row.reason}, so {end}"
+
+
+DEEPSTACK = (
+    "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "cosmos3_omni", "cohere_compass", "granite_docling",
+)  # fmt: skip
+
+
+def remarks(case: Case) -> list[str]:
+    """What the reader should know of a stack that is exact."""
+    kind = case.root.get("model_type")
+    vision = case.root.get("vision_config")
+    fed = vision.get("deepstack_visual_indexes") if isinstance(vision, Mapping) else None
+    count = len(fed) if isinstance(fed, list) else 0
+    if kind in DEEPSTACK and case.stack == "text" and list(case.order[:count]) != list(range(count)):
+        return [
+            f"features of images are added behind the first {count} layers, whichever these are; texts without images are not concerned"
+        ]
+    return []

@@ -22,7 +22,7 @@ from layercut.errors import CheckpointError, LayercutError, OutputError
 from layercut.fetching import check_here
 from layercut.header import ITEM_BITS, encode_header, parse_json, quoted
 from layercut.journal import NOTHING, Entry, Expected, Found, Identity, Journal, clear, read_journal, survey
-from layercut.plan import Actions, OutputFile, Part, Plan, TensorCopy, TensorMade
+from layercut.plan import Actions, Gather, OutputFile, Part, Plan, TensorCopy, TensorMade
 from layercut.report import REPORT, Report, WrittenFile, file_digest, make_report, read_report, write_report
 from layercut.sharing import sharing_filesystem, whole_blocks
 from layercut.staging import Place, check_place, check_space, check_vacant, publish, recover, resumable, settle, staged, throw_away
@@ -213,15 +213,32 @@ def _check_names(names: Sequence[str]) -> None:
 
 def _check_made(made: TensorMade, sources: Mapping[str, Checkpoint]) -> None:
     what = f"tensor {quoted(made.name)}"
-    for dtype in (made.dtype, *([] if made.compute is None else [made.compute]), *(part.dtype for part in made.parts)):
+    plain = made.gather is not None and made.gather.dtype == made.dtype and made.compute is None and not made.factors
+    dtypes = () if plain else (made.dtype, *([] if made.compute is None else [made.compute]), *(part.dtype for part in made.parts))
+    for dtype in dtypes:
         _require(dtype in DTYPES, f"plan computes {what} in {quoted(dtype)}; arithmetic is for {', '.join(DTYPES)}")
     _require(min(made.shape, default=0) >= 0, f"plan gives {what} the shape {list(made.shape)}")
-    _require(bool(made.parts) or not made.factors, f"plan multiplies {what}, which has no parts")
+    if made.gather is not None:
+        _check_gather(what, made, made.gather, sources)
+    _require(bool(made.parts) or made.gather is not None or not made.factors, f"plan multiplies {what}, which has no parts")
     for kind, numbers in (("weight", [part.weight for part in made.parts]), ("factor", made.factors)):
         odd = next((number for number in numbers if not math.isfinite(number)), None)
         _require(odd is None, f"plan computes {what} with the {kind} {odd}")
     for part in made.parts:
         _check_range(what, part, made.shape, sources)
+
+
+def _check_gather(what: str, made: TensorMade, gather: Gather, sources: Mapping[str, Checkpoint]) -> None:
+    """The strips are weights of sources, and as many bytes as the tensor has."""
+    _require(gather.dtype in ITEM_BITS and not made.parts, f"plan gathers {what} in {quoted(gather.dtype)}, or beside other parts")
+    for strip in gather.strips:
+        source = sources.get(strip.model)
+        file = None if source is None else source.files.get(strip.file)
+        end = strip.begin + (gather.rows - 1) * strip.stride + strip.width
+        inside = file is not None and file.data_start <= strip.begin and 0 < strip.width <= strip.stride and end <= file.size
+        _require(inside, f"plan gathers {what} from bytes that are not weights of {quoted(strip.file)}")
+    whole = math.prod(made.shape) * ITEM_BITS[gather.dtype] == 8 * gather.rows * gather.width and gather.at == 0
+    _require(whole, f"plan gathers {gather.rows} rows of {gather.width} bytes for {what} of shape {list(made.shape)}")
 
 
 def _check_range(what: str, part: TensorCopy | Part, shape: tuple[int, ...], sources: Mapping[str, Checkpoint]) -> None:

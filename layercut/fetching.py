@@ -112,6 +112,10 @@ def spans_of(tensors: Iterable[TensorCopy | TensorMade], alias: str) -> dict[str
         for part in tensor.parts if isinstance(tensor, TensorMade) else (tensor,):
             if part.model == alias:
                 found.setdefault(part.file, []).append(Span(part.begin, part.end))
+        gather = tensor.gather if isinstance(tensor, TensorMade) else None
+        for strip in gather.strips if gather is not None else ():
+            if gather is not None and strip.model == alias:
+                found.setdefault(strip.file, []).append(Span(strip.begin, strip.begin + (gather.rows - 1) * strip.stride + strip.width))
     return {name: joined(spans) for name, spans in sorted(found.items())}
 
 

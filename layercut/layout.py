@@ -8,14 +8,16 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import NamedTuple
 
-from layercut.architecture import LayerStack, Member
+from layercut.architecture import LayerStack, Member, Place
 from layercut.checkpoint import Checkpoint, Tensor
 from layercut.ends import Ends, Outside, outside
 from layercut.errors import RefusedError
+from layercut.homes import Home, homes
 from layercut.plan import LeftOut, OutputFile, Part, TensorCopy, TensorMade
 from layercut.scalings import Groups, factors
 from layercut.shards import Entry, index_text, shard
 from layercut.stack import LayerRef, Share
+from layercut.tables import Gathered, gathered
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -57,6 +59,8 @@ class Layouter:
     ) -> None:
         self.members, self.order, self.cast, self.blocks = members, order, cast, blocks
         self.layers = {alias: layer_tensors(*member) for alias, member in members.items()}
+        self.unchanged = [layer.index for layer in order if layer.fitted is None] == list(range(self._stack(0).depth))
+        self.homes = {} if self._is_whole() else homes(members, order)
 
     def lay_out(self, ends: Ends, max_shard_size: int, scalings: tuple[Groups, Groups] = ((), ())) -> Layout:
         """Files of at most `max_shard_size` bytes of tensors.
@@ -64,8 +68,7 @@ class Layouter:
         `scalings` are the factors for what stands before and behind the layers. Raises RefusedError when two tensors would get
         one name, or when arithmetic is asked of a tensor that is not floating-point.
         """
-        unchanged = [layer.index for layer in self.order if layer.fitted is None] == list(range(self._stack(0).depth))
-        whole = len(self.members) == 1 and unchanged
+        whole = self._is_whole()
         entries = list(self._outside(ends.before, scalings[0]))
         for position, layer in enumerate(self.order):
             entries += self._layer(layer, position)
@@ -80,6 +83,10 @@ class Layouter:
         files = tuple(shard(entries, max_shard_size, metadata, self.blocks))
         return Layout(files, index_text(files), () if whole else tuple(self._left_out(ends)))
 
+    def _is_whole(self) -> bool:
+        """Whether the stack is that of its only model."""
+        return len(self.members) == 1 and self.unchanged
+
     def _stack(self, position: int) -> LayerStack:
         return self.members[self.order[position].model].stack
 
@@ -89,6 +96,10 @@ class Layouter:
 
     def _outside(self, parts: Sequence[Outside], scalings: Groups) -> Iterator[Entry]:
         for part in parts:
+            table = None if self._is_whole() else gathered(part.tensor, self.members, self.order)
+            if table is not None:
+                yield self._table(part, table, factors(scalings, part.tensor.name))
+                continue
             yield self._entry(part.name, (part.tensor,), (self._whole(part.model),), factors(scalings, part.tensor.name))
 
     def _layer(self, layer: LayerRef, position: int) -> Iterator[Entry]:
@@ -97,21 +108,30 @@ class Layouter:
         stack = self.members[layer.model].stack
         shares = layer.shares or (Share(model=layer.model, index=layer.index, weight=1),)
         tables = [self._by_rest(share.model, share.index) for share in shares]
-        for rest in sorted({rest for table in tables for rest in table}):
-            if not all(rest in table for table in tables):
-                raise RefusedError("layers cannot be averaged when only some of them have a tensor", where=rest)
+        for part in sorted({part for table in tables for part in table}):
+            if not all(part in table for table in tables):
+                raise RefusedError("layers cannot be averaged when only some of them have a tensor", where=part[1])
+        home = self.homes.get(position, Home())
         for tensor in self.layers[layer.model][layer.index]:
             place = stack.place(tensor.name)
             assert place is not None
-            kinds = sorted({f"{table[place.rest].dtype} {list(table[place.rest].shape)}" for table in tables})
+            if place.rest in home.gone:
+                continue
+            key = (place.prefix, place.rest)
+            kinds = sorted({f"{table[key].dtype} {list(table[key].shape)}" for table in tables})
             if len(kinds) > 1:
                 raise RefusedError(f"tensors of different kinds cannot be averaged: {' and '.join(kinds)}", where=tensor.name)
             by = factors(layer.scalings, tensor.name)
-            yield self._entry(stack.rename(place, position), [table[place.rest] for table in tables], shares, by)
+            yield self._entry(stack.rename(place, position), [table[key] for table in tables], shares, by)
+        for rest, tensor, zero in home.added:
+            name = stack.rename(Place(stack.prefix, 0, rest), position)
+            by = (0.0,) if zero else factors(layer.scalings, tensor.name)
+            yield self._entry(name, (tensor,), (self._whole(layer.model),), by)
 
-    def _by_rest(self, model: str, index: int) -> dict[str, Tensor]:
+    def _by_rest(self, model: str, index: int) -> dict[tuple[str, str], Tensor]:
         stack = self.members[model].stack
-        return {place.rest: tensor for tensor in self.layers[model][index] if (place := stack.place(tensor.name)) is not None}
+        found = ((stack.place(tensor.name), tensor) for tensor in self.layers[model][index])
+        return {(place.prefix, place.rest): tensor for place, tensor in found if place is not None}
 
     def _entry(self, name: str, tensors: Sequence[Tensor], shares: Sequence[Share], by: tuple[float, ...]) -> Entry:
         """One tensor of the output: a copy where its bytes stay what they are, else arithmetic."""
@@ -127,6 +147,16 @@ class Layouter:
         if 0.0 in by:
             return TensorMade(name=name, dtype=write, shape=first.shape, parts=())
         return TensorMade(name=name, dtype=write, shape=first.shape, parts=parts, factors=by, compute=compute)
+
+    def _table(self, part: Outside, table: Gathered, by: tuple[float, ...]) -> TensorMade:
+        """A tensor with one part a layer, for the new stack."""
+        dtype = part.tensor.dtype
+        floating = dtype in FLOATS
+        if by and not floating:
+            raise RefusedError(f"arithmetic on {dtype} is refused: quantised weights are not what they say", where=part.tensor.name)
+        write = (self.cast.write or self.cast.compute or dtype) if floating else dtype
+        compute = self.cast.compute if floating and self.cast.compute != dtype else None
+        return TensorMade(name=part.name, dtype=write, shape=table.shape, parts=(), factors=by, compute=compute, gather=table.gather)
 
     def _left_out(self, ends: Ends) -> Iterator[LeftOut]:
         kept = {(share.model, share.index) for layer in self.order if layer.fitted is None for share in (layer.shares or (layer,))}

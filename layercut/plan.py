@@ -22,6 +22,7 @@ __all__ = [
     "Companion",
     "Distance",
     "Edit",
+    "Gather",
     "LayerRef",
     "LeftOut",
     "Measurement",
@@ -31,6 +32,7 @@ __all__ = [
     "Record",
     "Seam",
     "Source",
+    "Strip",
     "Table",
     "TensorCopy",
     "TensorMade",
@@ -194,11 +196,36 @@ class Part(Record):
     weight: FiniteFloat
 
 
+class Strip(Record):
+    """The same columns of every row of a table: `width` bytes at `begin`, and again every `stride` bytes."""
+
+    model: str
+    file: str
+    begin: Position
+    stride: Position
+    width: Position
+
+
+class Gather(Record):
+    """A tensor whose rows are strips of the rows of other tensors, side by side."""
+
+    dtype: str
+    rows: Annotated[int, Field(ge=1, lt=MAX_ELEMENTS)]
+    strips: Annotated[tuple[Strip, ...], Field(min_length=1)]
+    at: Position = 0
+    """Byte of the gathered tensor at which this piece of it begins."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of a row."""
+        return sum(strip.width for strip in self.strips)
+
+
 class TensorMade(Record):
     """One tensor of the output that is computed: `cast(sum of weight * part) * factors`, one factor after the other.
 
-    Without parts it is zero. The cast is to `compute` (or, when null, to the dtype of the first part); an average is taken in
-    float32, each product is rounded in the dtype of the computation, and the result is cast to `dtype`.
+    Without parts it is zero, or what `gather` says. The cast is to `compute` (or, when null, to the dtype of the first part); an
+    average is taken in float32, each product is rounded in the dtype of the computation, and the result is cast to `dtype`.
     """
 
     name: str
@@ -207,6 +234,8 @@ class TensorMade(Record):
     parts: tuple[Part, ...]
     factors: tuple[FiniteFloat, ...] = ()
     compute: str | None = None
+    gather: Gather | None = None
+    """Strips of other tensors, in place of parts."""
 
     @property
     def nbytes(self) -> int:

@@ -155,7 +155,7 @@ def _surgery(recipe: Recipe, donor: str, members: Mapping[str, Member], stack: S
     packed = [member.checkpoint.folder for member in members.values() if is_quantized(*member)]
     if dtype is not None and packed:
         raise RefusedError("a quantised checkpoint cannot be cast", where=packed[0], hint="leave out dtype")
-    surgery = operate(members[donor].checkpoint.config_text, donor, members, stack, tuple(edits))
+    surgery = operate(members[donor].checkpoint.config_text, donor, members, stack, tuple(edits), inexact=recipe.allow == "inexact")
     return surgery._replace(texts={**surgery.texts, **_texts(recipe)})
 
 

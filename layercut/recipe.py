@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from layercut import mergekit
 from layercut.calibration import BuiltinCalibration, Calibration
+from layercut.declarations import NOTHING, Architecture
 from layercut.errors import RecipeError
 from layercut.faults import fault_lines
 from layercut.metrics import Angular, Metric, MetricSpec
@@ -221,7 +222,12 @@ class Recipe(Record):
     out_dtype: Dtype | None = None
     """Dtype that they are written in, when arithmetic is done in another one."""
     allow: Literal["inexact"] | None = None
-    """`inexact` stacks models that would load together but compute something else, and says so in plan and report."""
+    """`inexact` writes stacks that would load but compute something else than their layers did, and says so in plan and report."""
+    stack: Name | dict[str, Name] | None = None
+    """Which stack of layers is meant where a model has several: `text`, `encoder`, `decoder`, `vision`, `audio`, or a prefix of tensors;
+    for several models, a mapping from their aliases. The language stack if not set, and of an encoder-decoder the decoder."""
+    architecture: Architecture = NOTHING
+    """What layercut cannot know of an architecture that is not in its tables: which values and tensors follow the layers."""
     output: Annotated[Output, BeforeValidator(_as_output, json_schema_input_type=Name | Output)] | None = None
     """Folder to write, or a mapping with more settings."""
     evaluate: Evaluate | None = None
@@ -244,6 +250,10 @@ class Recipe(Record):
     def notes(self) -> tuple[str, ...]:
         """Warnings of the reader of the file."""
         return () if self._read is None else self._read.notes
+
+    def stack_of(self, alias: str) -> str | None:
+        """The stack that is meant of a model, by its alias."""
+        return self.stack.get(alias) if isinstance(self.stack, dict) else self.stack
 
     @property
     def all_metrics(self) -> tuple[Metric, ...]:

@@ -34,7 +34,7 @@ def open_members(recipe: Recipe, resolve: Resolve) -> dict[str, Member]:
         if alias not in members:
             try:
                 checkpoint = resolve(recipe.models.get(alias, alias))
-                members[alias] = Member(checkpoint, find_stack(checkpoint))
+                members[alias] = Member(checkpoint, find_stack(checkpoint, recipe.stack_of(alias), recipe.architecture))
             except LayercutError as error:
                 where = recipe.where(*path) + (f": {error.where}" if error.where else "")
                 raise type(error)(error.message, where=where, hint=error.hint) from None

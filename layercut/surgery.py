@@ -2,148 +2,29 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from layercut.architecture import DEPTH_KEYS, MTP_KEYS, NUMBER, LayerStack, Member, config_node, mtp_layers
-from layercut.errors import RefusedError
-from layercut.exceptions import objection
+from layercut.anatomy import MTP_KEYS, Member, config_node
+from layercut.checkpoint import read_text
+from layercut.errors import CheckpointError, RefusedError
+from layercut.exceptions import Case, objections, remarks
+from layercut.header import parse_json
+from layercut.implied import implied_values
 from layercut.jsontext import replace
+from layercut.moves import AROUND, GENERATING, GENERATION, IN_NODE, Moves, Remap
+from layercut.patterns import PATTERNS, SCALARS
 from layercut.plan import Edit
 from layercut.quantization import follow, mentions
+from layercut.rules import LIST_OF_PERIOD, SWITCH, Rule
 from layercut.stack import LayerRef
+from layercut.strangers import check_strangers
+from layercut.views import View
 
-Values = Sequence[Any]
-
-
-class Rule(NamedTuple):
-    """How a value speaks of single layers.
-
-    `decode(value, depth)` gives one entry per layer; `encode(entries, old)` spells such entries again, or returns None when
-    they cannot be said in this form. A new stack gathers the entries of its layers, whatever models they come from.
-    """
-
-    reason: str
-    decode: Callable[[Any, int], Values | None]
-    encode: Callable[[Values, Any], Any]
-
-
-def _list(value: Any, depth: int) -> Values | None:
-    return value if isinstance(value, list) and len(value) == depth else None
-
-
-def _members(value: Any, depth: int, first: int = 0) -> Values | None:
-    if not isinstance(value, list) or not all(isinstance(item, int) and 0 <= item - first < depth for item in value):
-        return None
-    return [index + first in value for index in range(depth)]
-
-
-def _prefix(value: Any, depth: int) -> Values | None:
-    return [index < value for index in range(depth)] if isinstance(value, int) else None
-
-
-def _count_prefix(entries: Values, old: Any) -> Any:
-    count = sum(entries)
-    return count if list(entries) == [True] * count + [False] * (len(entries) - count) else None
-
-
-def _suffix(value: Any, depth: int) -> Values | None:
-    return [index >= depth - value for index in range(depth)] if isinstance(value, int) else None
-
-
-def _count_suffix(entries: Values, old: Any) -> Any:
-    count = sum(entries)
-    return count if list(entries) == [False] * (len(entries) - count) + [True] * count else None
-
-
-def _phase(value: Any, depth: int) -> Values | None:
-    return [index % value for index in range(depth)] if isinstance(value, int) and value > 0 else None
-
-
-def _same_phase(entries: Values, old: Any) -> Any:
-    return old if list(entries) == [index % old for index in range(len(entries))] else None
-
-
-def _keyed(value: Any, depth: int) -> Values | None:
-    if not isinstance(value, dict) or not all(re.fullmatch(NUMBER, key) and int(key) < depth for key in value):
-        return None
-    by_index = {int(key): item for key, item in value.items()}
-    return [by_index.get(index) for index in range(depth)]
-
-
-def _rekey(entries: Values, old: Any) -> Any:
-    width = max((len(key) for key in old), default=1)
-    padded = any(key != str(int(key)) for key in old)
-    return {str(index).zfill(width if padded else 1): item for index, item in enumerate(entries) if item is not None}
-
-
-def _letters(value: Any, depth: int) -> Values | None:
-    return list(value) if isinstance(value, str) and len(value) == depth else None
-
-
-LIST = Rule("one entry a layer", _list, lambda entries, old: list(entries))
-INDICES = Rule("list of layer indices", _members, lambda entries, old: [i for i, there in enumerate(entries) if there])
-INDICES_FROM_1 = Rule(
-    "list of layer numbers from 1",
-    lambda value, depth: _members(value, depth, 1),
-    lambda entries, old: [i + 1 for i, there in enumerate(entries) if there],
-)
-PREFIX = Rule("number of first layers", _prefix, _count_prefix)
-SUFFIX = Rule("number of last layers", _suffix, _count_suffix)
-PERIOD = Rule("period of layers", _phase, _same_phase)
-KEYED = Rule("entries by layer index", _keyed, _rekey)
-LETTERS = Rule("one letter a layer", _letters, lambda entries, old: "".join(entries))
-
-# Which rule a key follows. A key may have several: the first that can read its value is used (list or period, say).
-RULES: Mapping[str, tuple[Rule, ...]] = {
-    **dict.fromkeys(
-        (
-            "layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "layer_rope_theta", "indexer_types",
-            "num_attention_heads_per_layer", "moe_topk", "num_experts", "num_shared_expert", "moe_intermediate_size", "swiglu_limits",
-            "swiglu_limits_shared", "intermediate_size", "activation_sparsity_pattern", "attention_window", "attention_layers",
-            "compress_ratios", "rope_theta", "partial_rotary_factors", "num_key_value_heads", "num_attention_heads",
-        ),
-        (LIST,),
-    ),
-    **dict.fromkeys(("moe_layer_freq", "sparse_attention_freq"), (LIST, PERIOD)),
-    **dict.fromkeys(
-        (
-            "mlp_only_layers", "moe_layers", "cross_attention_layers", "attn_layer_indices", "full_attn_idxs", "local_layer_ids",
-            "rope_scaling_layers", "hybrid_layer_ids",
-        ),
-        (INDICES,),
-    ),
-    **dict.fromkeys(("full_attn_layers", "kda_layers", "ple_layer_ids"), (INDICES_FROM_1,)),
-    **dict.fromkeys(
-        ("first_k_dense_replace", "num_dense_layers", "num_hash_layers", "max_window_layers", "moe_layer_start_index"),
-        (PREFIX,),
-    ),
-    "num_kv_shared_layers": (SUFFIX,),
-    **dict.fromkeys(
-        (
-            "sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval", "global_attn_every_n_layers",
-            "no_rope_layer_interval", "interleave_moe_layer_step", "layer_group_size", "decoder_sparse_step", "attn_layer_period",
-            "expert_layer_period", "cross_layer_interval", "moe_layer_interval", "encoder_sparse_step",
-        ),
-        (PERIOD, LETTERS),
-    ),
-    "per_layer_config": (KEYED,),
-    **dict.fromkeys(("hybrid_override_pattern", "index_topk_pattern"), (LETTERS,)),
-}  # fmt: skip
-# A period is only a fallback for its list: where the list stands in the file too, the class reads the list.
-LIST_OF_PERIOD = {
-    "sliding_window_pattern": "layer_types", "_sliding_window_pattern": "layer_types", "full_attention_interval": "layer_types",
-    "global_attn_every_n_layers": "layer_types", "no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers",
-    "first_k_dense_replace": "mlp_layer_types", "moe_layer_freq": "mlp_layer_types", "max_window_layers": "layer_types",
-}  # fmt: skip
-# Keys that the class does not read unless another key is on.
-SWITCH = {"max_window_layers": "use_sliding_window"}
-# Values that may have the length or the size of the depth by chance, and never speak of layers.
-NOT_PER_LAYER = (
-    "architectures", "eos_token_id", "bos_token_id", "pad_token_id", "mrope_section", "suppress_tokens", "begin_suppress_tokens",
-    "forced_decoder_ids", "bad_words_ids", "keys_to_ignore_at_inference", "layerdrop",
-)  # fmt: skip
+GENERATION_CONFIG = "generation_config.json"
+INEXACT = "to write it all the same, say 'allow: inexact' in the recipe"
+Path = tuple[str, ...]
 
 
 class Surgery(NamedTuple):
@@ -156,101 +37,218 @@ class Surgery(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def operate(text: str, donor: str, members: Mapping[str, Member], order: Sequence[LayerRef], more: tuple[Edit, ...] = ()) -> Surgery:
+def operate(
+    text: str,
+    donor: str,
+    members: Mapping[str, Member],
+    order: Sequence[LayerRef],
+    more: tuple[Edit, ...] = (),
+    *,
+    inexact: bool = False,
+) -> Surgery:
     """Make the config text of `donor` describe the stack `order`.
 
     Every depth-dependent value follows its rule; every other byte stays. Raises RefusedError when the new stack cannot be
-    described (a period that is broken, a prefix that is no prefix), or when a value looks depth-dependent and has no rule.
-    `more` are edits that other parts of the plan ask for.
+    described (a period that is broken, a prefix that is no prefix), when a value looks depth-dependent and has no rule, or when the
+    stack would load but compute something else; with `inexact`, the last is a note.
     """
-    config, stack = members[donor].checkpoint.config, members[donor].stack
+    stack = members[donor].stack
     if [(layer.model, layer.index) for layer in order] == [(donor, index) for index in range(stack.depth)]:
-        return Surgery(replace(text, {tuple(edit.key.split(".")): edit.after for edit in more}), more)
-    reason = objection(config_node(config, stack.node), [layer.index for layer in order], stack.depth)
-    if reason is not None:
-        raise RefusedError(reason)
-    keys = [key for key in (stack.depth_key, *stack.aliases) if key.depth != len(order)]
-    edits = [Edit(key=str(key), before=key.depth, after=len(order), reason="depth") for key in keys]
-    for path in _paths(config, stack):
-        edit = _follow(path, donor, members, order)
-        if edit is not None:
-            edits.append(edit)
-    if stack.extra:
-        node = config_node(config, stack.node)
-        why = "multi-token-prediction layers are left out"
-        edits += [Edit(key=_dotted(stack, name), before=node[name], after=0, reason=why) for name in MTP_KEYS if node.get(name)]
+        return Surgery(_replaced(text, more), more)
+    notes = _objections(donor, members, order, inexact)
+    surgeon = _Surgeon(donor, members, order)
+    edits = surgeon.edits()
     quantization = follow(donor, members, order)
-    edits += [*quantization.edits, *more]
-    changed = {tuple(edit.key.split(".")): edit.after for edit in edits}
-    return Surgery(replace(text, changed), tuple(edits), quantization.texts, quantization.notes)
+    generation = surgeon.generation()
+    edits = [*edits, *quantization.edits, *more]
+    texts = {**quantization.texts, **({} if generation is None else {GENERATION_CONFIG: generation})}
+    return Surgery(_replaced(text, edits), tuple(edits), texts, (*notes, *surgeon.notes, *quantization.notes))
 
 
-def _dotted(stack: LayerStack, *names: str) -> str:
-    return ".".join((*stack.node, *names))
+def _replaced(text: str, edits: Sequence[Edit]) -> str:
+    return replace(text, {tuple(edit.key.split(".")): edit.after for edit in edits})
 
 
-def _paths(config: Mapping[str, Any], stack: LayerStack) -> list[tuple[str, ...]]:
-    """Paths below the node of the stack that a rule may apply to: its own members, and those of plain dicts in it."""
-    node = config_node(config, stack.node)
-    paths: list[tuple[str, ...]] = []
-    for key, value in node.items():
-        paths.append((key,))
-        if key == "linear_attn_config" and isinstance(value, dict):
-            paths += [(key, inner) for inner in value]
-    return paths
+def _objections(donor: str, members: Mapping[str, Member], order: Sequence[LayerRef], inexact: bool) -> list[str]:
+    """Notes on what the stack computes. Raises RefusedError for what would load but compute something else."""
+    view = View(members[donor])
+    names = members[donor].checkpoint.tensors
+    case = Case(
+        view.kind, view.node, [layer.index for layer in order], view.stack.depth, view.stack.name, names, members[donor].checkpoint.config,
+    )  # fmt: skip
+    found = objections(case)
+    for objection in found:
+        if not inexact or objection.fatal:
+            raise RefusedError(objection.text, hint=None if objection.fatal else INEXACT)
+    return [*(f"inexact: {objection.text}" for objection in found), *remarks(case)]
 
 
-def _value(config: Mapping[str, Any], stack: LayerStack, path: tuple[str, ...]) -> Any:
-    value: Any = config_node(config, stack.node)
-    for part in path:
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+class _Surgeon:
+    """Finds the edits of one config for one new stack."""
 
+    def __init__(self, donor: str, members: Mapping[str, Member], order: Sequence[LayerRef]) -> None:
+        self.donor, self.members, self.order = donor, members, order
+        self.views = {alias: View(member) for alias, member in members.items()}
+        self.view = self.views[donor]
+        self.stack = members[donor].stack
+        self.moves = Moves(donor, self.stack.depth, tuple(order))
+        self.notes: list[str] = []
 
-def _follow(path: tuple[str, ...], donor: str, members: Mapping[str, Member], order: Sequence[LayerRef]) -> Edit | None:
-    """The edit that makes the value at `path` follow the new stack, or None when it stays as it is."""
-    config, stack = members[donor].checkpoint.config, members[donor].stack
-    name, value = path[-1], _value(config, stack, path)
-    dotted = _dotted(stack, *path)
-    rule = next((rule for rule in RULES.get(name, ()) if decode(rule, value, config, stack) is not None), None)
-    if rule is None:
-        _suspect(name, value, dotted, stack.depth, mtp_layers(config_node(config, stack.node)))
-        return None
-    entries = []
-    for layer in order:
-        member = members[layer.model]
-        decoded = decode(rule, _value(member.checkpoint.config, member.stack, path), member.checkpoint.config, member.stack)
-        if decoded is None:
-            raise RefusedError(f"config.json: {dotted} is set in '{donor}' but not in '{layer.model}': one config cannot describe both")
-        entries.append(decoded[layer.index])
-    if not stack.extra:  # else the multi-token-prediction layers are left out, and with them what is said of them
-        entries += (decode(rule, value, config, stack) or [])[stack.depth :]
-    after = rule.encode(entries, value)
-    if after is None:
-        node = config_node(config, stack.node)
-        if isinstance(node.get(LIST_OF_PERIOD.get(name, "")), list) or not node.get(SWITCH.get(name, name)):
+    def edits(self) -> list[Edit]:
+        """Every edit: the depth, values of single layers, values that name layers, what the class derives, and the prediction layers."""
+        check_strangers(self.members[self.donor], self.view)
+        found = self._depth()
+        claimed: set[str] = set()
+        for pattern in PATTERNS:
+            if pattern.applies(self.view.node, self.stack) and pattern.decode(self.view.node, self.stack.depth) is not None:
+                claimed.update(pattern.keys)
+                found += self._follow_pattern(pattern)
+        for scalar in SCALARS:
+            if scalar.applies(self.view.node, self.stack) and len(self.order) != self.stack.depth:
+                after = scalar.follow(self.view.node, self.stack.depth, len(self.order))
+                claimed.add(scalar.key)
+                found.append(self._edit((scalar.key,), after, scalar.reason))
+        for path in self.view.paths():
+            if path[0] not in claimed and path[0] not in self.view.implied:
+                found += self._follow(path)
+        found += self._written_out(found, claimed)
+        found += self._around()
+        if self.stack.extra:
+            why = "multi-token-prediction layers are left out"
+            found += [self._edit((name,), 0, why) for name in MTP_KEYS if self.view.written.get(name)]
+        return found
+
+    def _depth(self) -> list[Edit]:
+        edits = []
+        for key in (self.stack.depth_key, *self.stack.aliases):
+            if key.form != "length" and (key.depth != len(self.order) or key.form == "absent"):
+                before = None if key.form == "absent" else key.depth
+                edits.append(Edit(key=str(key), before=before, after=len(self.order), reason="depth"))
+        return edits
+
+    def _edit(self, path: Path, after: Any, reason: str) -> Edit:
+        before: Any = self.view.written
+        for part in path:
+            before = before.get(part) if isinstance(before, Mapping) else None
+        return Edit(key=self.view.dotted(path), before=before, after=after, reason=reason)
+
+    def _follow_pattern(self, pattern: Any) -> list[Edit]:
+        entries = []
+        for layer in self.order:
+            view = self.views[layer.model]
+            decoded = pattern.decode(view.node, view.stack.depth)
+            if decoded is None:
+                raise self._one_sided(pattern.keys[0], layer.model)
+            entries.append(decoded[layer.index])
+        changes = pattern.encode(entries, self.view.node)
+        if changes is None:
+            values = ", ".join(f"{key} = {self.view.node[key]}" for key in pattern.keys if key in self.view.node)
+            raise self._broken(f"{self.view.dotted(())}{'.' if self.stack.node else ''}{values}", pattern.reason)
+        return [self._edit((key,), after, pattern.reason) for key, after in changes.items() if self.view.written.get(key) != after]
+
+    def _follow(self, path: Path) -> list[Edit]:
+        """The edit that makes the value at `path` follow the new stack; none when it stays as it is."""
+        value = self.view.value(path)
+        remap = IN_NODE.get(path[-1])
+        if remap is not None and len(path) == 1:
+            return self._remapped(remap, self.stack.node, path[-1], value)
+        rule = self.view.rule(path)
+        if rule is None:
+            return []
+        after = rule.encode(self._gathered(rule, path), value)
+        if after is None:
+            return self._gives_way(path, value, rule)
+        return [] if after == value else [self._edit(path, after, rule.reason)]
+
+    def _gathered(self, rule: Rule, path: Path) -> list[Any]:
+        """What the layers of the new stack had of the value at a path."""
+        entries = []
+        for layer in self.order:
+            decoded = self.views[layer.model].entries(rule, path)
+            if decoded is None:
+                raise self._one_sided(".".join(path), layer.model)
+            entries.append(decoded[layer.index])
+        if not self.stack.extra:  # else the multi-token-prediction layers are left out, and with them what is said of them
+            entries += (self.view.entries(rule, path) or [])[self.stack.depth :]
+        return entries
+
+    def _gives_way(self, path: Path, value: Any, rule: Rule) -> list[Edit]:
+        """A value that cannot say the new order: no matter where the class reads a list instead, or does not read it at all."""
+        name = path[-1]
+        if isinstance(self.view.node.get(LIST_OF_PERIOD.get(name, "")), list) or not self.view.node.get(SWITCH.get(name, name)):
+            return []
+        raise self._broken(f"{self.view.dotted(path)} = {value}", rule.reason)
+
+    def _written_out(self, edits: Sequence[Edit], claimed: set[str]) -> list[Edit]:
+        """Values that the class would make otherwise for the new stack than its layers had."""
+        node = copy.deepcopy(dict(self.view.written))
+        for edit in edits:
+            *inner, last = edit.key.split(".")[len(self.stack.node) :]
+            holder = node
+            for part in inner:
+                holder = holder[part]
+            holder[last] = edit.after
+        found: list[Edit] = []
+        for key, value in self.view.implied.items():
+            rule = self.view.rule((key,))
+            if key in claimed or rule is None:
+                continue
+            after = rule.encode(self._gathered(rule, (key,)), value)
+            if after is None:
+                raise self._broken(f"{self.view.dotted((key,))} = {value}, which the class takes for granted,", rule.reason)
+            if implied_values(node, self.view.kind, len(self.order)).get(key) != after:
+                found.append(self._edit((key,), after, f"{rule.reason}, written out"))
+                node[key] = after
+        return found
+
+    def _remapped(self, remap: Remap, node: Path, key: str, value: Any) -> list[Edit]:
+        after = remap.follow(value, self.moves)
+        if after is None or after == value:
+            return []
+        return [Edit(key=".".join((*node, key)), before=value, after=after, reason=remap.reason)]
+
+    def _around(self) -> list[Edit]:
+        """Values around the node of the stack that name its layers."""
+        found: list[Edit] = []
+        for length in range(len(self.stack.node)):
+            node = self.stack.node[:length]
+            values = config_node(self.view.config, node)
+            for key, remap in AROUND.get(self.stack.name, {}).items():
+                if key in values:
+                    found += self._remapped(remap, node, key, values[key])
+        return found
+
+    def generation(self) -> str | None:
+        """The text of generation_config.json with its layers as they stand now, or None when it names none."""
+        checkpoint = self.members[self.donor].checkpoint
+        if self.stack.name not in GENERATING or GENERATION_CONFIG not in {name for name, _ in checkpoint.companions}:
             return None
-        message = f"config.json: {dotted} = {value} ({rule.reason}) cannot describe the new order of layers"
-        raise RefusedError(message, hint="choose layers that keep the pattern")
-    return None if after == value else Edit(key=dotted, before=value, after=after, reason=rule.reason)
+        path = checkpoint.path(GENERATION_CONFIG)
+        text = read_text(path, checkpoint.folder)
+        try:
+            values = parse_json(text, path)
+        except CheckpointError:  # no reader of such a file finds layers in it
+            return None
+        if not isinstance(values, dict):
+            return None
+        changes: dict[Path, Any] = {}
+        for key, remap in GENERATION.items():
+            after = remap.follow(values[key], self.moves) if key in values else None
+            if after is not None and after != values[key]:
+                changes[(key,)] = after
+                self.notes.append(f"{GENERATION_CONFIG}: {key} follows the layers")
+        return replace(text, changes) if changes else None
+
+    def _one_sided(self, key: str, model: str) -> RefusedError:
+        return RefusedError(f"config.json: {key} is set in '{self.donor}' but not in '{model}': one config cannot describe both")
+
+    @staticmethod
+    def _broken(values: str, reason: str) -> RefusedError:
+        message = f"config.json: {values} ({reason}) cannot describe the new order of layers"
+        return RefusedError(message, hint="choose layers that keep the pattern")
 
 
-def decode(rule: Rule, value: Any, config: Mapping[str, Any], stack: LayerStack) -> Values | None:
-    """What a value says of each layer, or None. It may speak of declared multi-token-prediction layers too, behind the others."""
-    found = rule.decode(value, stack.depth)
-    extra = mtp_layers(config_node(config, stack.node))
-    return rule.decode(value, stack.depth + extra) if found is None and extra else found
-
-
-def _suspect(name: str, value: Any, dotted: str, depth: int, extra: int) -> None:
-    """Stop at a value that may depend on the layers in a way nobody told."""
-    if name in NOT_PER_LAYER or name in DEPTH_KEYS or name in MTP_KEYS:
-        return
-    listed = isinstance(value, list) and len(value) in (depth, depth + extra)
-    counted = isinstance(value, int) and value == depth and ("layer" in name or "depth" in name)
-    if listed or counted:
-        what = f"a list of {len(value)} entries" if listed else f"{value}, the number of layers"
-        raise RefusedError(f"config.json: {dotted} is {what}, and layercut does not know whether it must follow the layers")
+FORMS = {"number": "depth", "absent": "depth, the default of the class", "length": "its length is the depth"}
 
 
 class Dependent(NamedTuple):
@@ -261,13 +259,28 @@ class Dependent(NamedTuple):
     reason: str
 
 
-def dependents(config: Mapping[str, Any], stack: LayerStack) -> list[Dependent]:
+def dependents(member: Member) -> list[Dependent]:
     """Every value of a config that `operate` would make follow a new stack, the depth first."""
-    found = [Dependent(str(key), key.depth, "depth") for key in (stack.depth_key, *stack.aliases)]
-    for path in _paths(config, stack):
-        value = _value(config, stack, path)
-        rule = next((rule for rule in RULES.get(path[-1], ()) if decode(rule, value, config, stack) is not None), None)
-        if rule is not None:
-            found.append(Dependent(_dotted(stack, *path), value, rule.reason))
-    found += [Dependent(key, value, "names of layers") for key, value in mentions(config, stack)]
-    return found
+    view, stack = View(member), member.stack
+    found = [Dependent(str(key), key.depth, FORMS[key.form]) for key in (stack.depth_key, *stack.aliases)]
+    claimed: set[str] = set()
+    for pattern in PATTERNS:
+        if pattern.applies(view.node, stack) and pattern.decode(view.node, stack.depth) is not None:
+            claimed.update(pattern.keys)
+            found += [Dependent(view.dotted((key,)), view.node[key], pattern.reason) for key in pattern.keys if key in view.node]
+    for scalar in SCALARS:
+        if scalar.applies(view.node, stack):
+            found.append(Dependent(view.dotted((scalar.key,)), view.node.get(scalar.key), scalar.reason))
+    for path in view.paths():
+        rule = IN_NODE.get(path[-1]) or view.rule(path)
+        if rule is not None and path[0] not in claimed:
+            end = ", made by the class" if path[0] in view.implied else ""
+            found.append(Dependent(view.dotted(path), view.value(path), f"{rule.reason}{end}"))
+    for length in range(len(stack.node)):
+        values = config_node(view.config, stack.node[:length])
+        found += [
+            Dependent(".".join((*stack.node[:length], key)), values[key], remap.reason)
+            for key, remap in AROUND.get(stack.name, {}).items()
+            if key in values
+        ]
+    return [*found, *(Dependent(key, value, "names of layers") for key, value in mentions(view.config, stack))]

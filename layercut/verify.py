@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from layercut.architecture import find_stack
 from layercut.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from layercut.companions import SCAFFOLD, left_out_reason
-from layercut.contents import DiffersError, NotCheckedError, check_contents
+from layercut.contents import DiffersError, NotCheckedError, check_contents, recipe_of
 from layercut.errors import LayercutError, printable
 from layercut.header import quoted
+from layercut.homes import is_shared
 from layercut.report import HEATMAP, REPORT, Report, WrittenFile, file_digest, read_report
 from layercut.stack import LayerRef, Record
 from layercut.stated import CARD
@@ -88,7 +89,7 @@ def verify(folder: Path, *, load: bool = True, contents: bool = True, progress: 
         files = report.files
         run("files", lambda: _files(checkpoint, files))
         run("no other files", lambda: _no_others(checkpoint, files))
-    run("layers", lambda: _layers(checkpoint, None if report is None else report.layers))
+    run("layers", lambda: _layers(checkpoint, report))
     if report is not None and contents:
         written = report
         run("contents", lambda: check_contents(checkpoint, written, progress=progress))
@@ -132,12 +133,15 @@ def _no_others(checkpoint: Checkpoint, expected: Mapping[str, WrittenFile]) -> s
     return "there are no others"
 
 
-def _layers(checkpoint: Checkpoint, layers: tuple[LayerRef, ...] | None) -> str:
+def _layers(checkpoint: Checkpoint, report: Report | None) -> str:
     """Tensor names count the layers from 0 without a hole, config.json states that count, and so does the report.
 
     Output layers that come from one source layer must have tensors of the same names.
     """
-    stack = find_stack(checkpoint)
+    recipe = None if report is None else recipe_of(report)
+    layers = None if report is None else report.layers
+    alias = layers[-1].model if layers else ""
+    stack = find_stack(checkpoint) if recipe is None else find_stack(checkpoint, recipe.stack_of(alias), recipe.architecture)
     if layers is None:
         return f"{stack.depth} layers, as {stack.depth_key} says"
     if stack.depth != len(layers):
@@ -145,7 +149,7 @@ def _layers(checkpoint: Checkpoint, layers: tuple[LayerRef, ...] | None) -> str:
     names: dict[int, set[str]] = {index: set() for index in range(stack.depth + stack.extra)}
     for name in checkpoint.tensors:
         place = stack.place(name)
-        if place is not None:
+        if place is not None and not is_shared(place.rest):
             names[place.layer].add(place.rest)
     first: dict[LayerRef, int] = {}
     for index, layer in enumerate(layers):

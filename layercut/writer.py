@@ -162,6 +162,9 @@ def _cut(step: Step, first: int, last: int) -> Step:
         return step
     width = ITEM_BITS[step.dtype] // 8
     begin, end = first // width, last // width
+    if step.gather is not None:
+        at = step.gather.at + begin * ITEM_BITS[step.gather.dtype] // 8
+        return step.model_copy(update={"shape": (end - begin,), "gather": step.gather.model_copy(update={"at": at})})
     parts = []
     for part in step.parts:
         each = ITEM_BITS[part.dtype] // 8

@@ -133,16 +133,15 @@ def test_stale_aliases_are_found(tmp_path: Path) -> None:
             "no layers found: numbered tensors are vision_tower.layers.* (2); depth keys are vision_config.num_hidden_layers = 2",
         ),
         (
-            {"encoder_layers": 4, "decoder_layers": 2},
-            ("model.encoder.layers.{4}.w", "model.decoder.layers.{2}.w"),
-            "several stacks of layers fit: model.encoder.layers.* (4), model.decoder.layers.* (2); "
-            "models with more than one such stack cannot be cut yet",
+            {"num_hidden_layers": 3},
+            ("left.layers.{3}.w", "right.layers.{3}.w"),
+            "several stacks of layers fit: left.layers.* (3), right.layers.* (3); say which one is meant, for example 'stack: left.layers'",
         ),
         (
-            {"n_layers": 3},
-            ("transformer.attentions.{3}.w", "transformer.ffns.{3}.w"),
-            "several stacks of layers fit: transformer.attentions.* (3), transformer.ffns.* (3); "
-            "models with more than one such stack cannot be cut yet",
+            {"n_floors": 3},
+            ("model.layers.{3}.w",),
+            "no layers found: numbered tensors are model.layers.* (3); depth keys are none; "
+            "if n_floors is the number of layers, declare it: architecture: {depth_keys: [n_floors]}",
         ),
     ],
 )

@@ -4,21 +4,35 @@ from typing import Any
 
 import pytest
 
-from layercut.exceptions import EXCEPTIONS, objection
+from layercut.exceptions import EXCEPTIONS, Case, hopeless, objections, remarks, rows
 
 DEPTH = 6
 WHOLE = [0, 1, 2, 3, 4, 5]
 TAIL, HEAD, MIDDLE, DOUBLED = [0, 1, 2, 3], [1, 2, 3, 4, 5], [0, 1, 4, 5], [0, 1, 2, 1, 2, 3, 4, 5]
+F, S, L = "full_attention", "sliding_attention", "linear_attention"
 
 
-def says(kind: str, reason: str) -> str:
-    return f"model type {kind}: {reason}, so this stack would load but compute something else"
+def case(kind: str | None, config: dict[str, Any], order: list[int], **more: Any) -> Case:
+    return Case(kind, {"model_type": kind, **config}, order, DEPTH, **more)
+
+
+def says(kind: str | None, reason: str, fatal: bool = False) -> str:
+    end = "not run as it is" if fatal else "load but compute something else"
+    return f"model type {kind}: {reason}, so this stack would {end}"
 
 
 ON = {"scale_attn_by_inverse_layer_idx": True}
 LAMBDA = "lambda_init depends on the layer index"
-TABLES = "per-layer embedding tables and shared keys and values are not cut yet"
 LOOPED = "layers are looped, paired or shared"
+SHARED = "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"
+TOPK = "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"
+GEMMA = {"num_kv_shared_layers": 2, "layer_types": [S, F, S, F, S, F]}  # 4 reads layer 2, 5 reads layer 3
+DSA = {"indexer_types": ["full", "shared", "full", "full", "shared", "shared"]}
+NORM = "the first layer has no attention norm"
+PRE = "the first layer norms the embeddings (pre_ln), and its norm would go to the new first layer"
+RANKS = "the rank of a layer in ple_layer_ids shapes its tables"
+NONE_LEFT = "no layer of attention would be left, and the cache of the class wants one"
+ZAYA = "router state is passed from layer to layer, and the first layer has no scale of it"
 
 
 @pytest.mark.parametrize(
@@ -32,55 +46,119 @@ LOOPED = "layers are looped, paired or shared"
         ("diffllama", {}, TAIL, None),
         ("diffllama", {}, [0, 1, 2, 3, 4, 5, 5], LAMBDA),
         ("diffllama", {}, HEAD, LAMBDA),
-        ("minimax", {}, HEAD, "the decay of lightning attention depends on the layer index"),
+        ("minimax", {}, HEAD, "the decay of lightning attention depends on the layer index, and the file does not hold it"),
         ("minimax", {}, TAIL, None),
         ("beam", {}, MIDDLE, "the residual scale depends on the layer index"),
-        ("minicpm3", {}, TAIL, "the residual scale is scale_depth / sqrt(number of layers)"),
-        ("minicpm3", {}, [1, 0, 2, 3, 4, 5], None),
-        ("rwkv", {}, HEAD, "the first layer has an extra norm (pre_ln)"),
+        ("esmc", {}, TAIL, "the residual is divided by sqrt(number of layers / 36), and no value of the config says so"),
+        ("esmc", {}, [1, 0, 2, 3, 4, 5], None),
+        ("minicpm3", {}, HEAD, None),
+        ("rwkv", {}, HEAD, PRE),
         ("rwkv", {}, MIDDLE, None),
-        ("rwkv", {}, [0, 0, 1], "the first layer has an extra norm (pre_ln)"),
-        ("modernbert", {}, HEAD, "the first layer has no attention norm"),
-        ("modernbert-decoder", {}, HEAD, "the first layer has no attention norm"),
+        ("rwkv", {}, [0, 0, 1], PRE),
+        ("modernbert", {}, HEAD, NORM),
+        ("modernbert-decoder", {}, HEAD, NORM),
         ("modernbert-decoder", {}, DOUBLED, None),
-        ("zaya", {}, MIDDLE, "router state is passed from layer to layer"),
-        ("gpt_neox_japanese", {}, TAIL, "only the last layer has an attention bias"),
-        ("gpt_neox_japanese", {}, HEAD, None),
+        ("deberta-v2", {"conv_kernel_size": 3}, HEAD, "a convolution is applied behind the first layer"),
+        ("deberta-v2", {"conv_kernel_size": 0}, HEAD, None),
+        ("zaya", {}, MIDDLE, ZAYA),
+        ("reformer", {}, MIDDLE, "the layers are reversible: two streams are passed from layer to layer"),
+        ("gpt_neox_japanese", {}, TAIL, None),
         ("gpt_neox_japanese", {}, [4, 5, 5], "only the last layer has an attention bias"),
-        ("gemma3n_text", {}, TAIL, TABLES),
-        ("gemma4", {}, MIDDLE, TABLES),
-        ("zamba2", {}, TAIL, "shared blocks are stored under one layer"),
-        ("qwen4_exp", {}, HEAD, "layers read tables or keys and values of other layers"),
-        ("mistral_large4_text", {}, TAIL, None),
-        ("albert", {}, TAIL, LOOPED),
-        ("blt", {}, TAIL, LOOPED),
+        ("gemma3n_text", GEMMA, [0, 2, 3, 4, 5], None),
+        ("gemma3n_text", GEMMA, [0, 1, 2, 4, 5], SHARED),
+        ("gemma3n_text", GEMMA, [0, 1, 3, 4, 5], SHARED),
+        ("gemma3n_text", {**GEMMA, "num_kv_shared_layers": 0}, [0, 1, 3, 4, 5], None),
+        ("novel", GEMMA, [0, 1, 2, 4, 5], SHARED),
+        ("glm_moe_dsa", DSA, [0, 1, 3, 4, 5], None),
+        ("glm_moe_dsa", DSA, [0, 1, 2, 4, 5], TOPK),
+        ("glm_moe_dsa", DSA, [1, 2, 3, 4, 5], TOPK),
+        ("neomme", {"layer_types": [S, F, S, F, S, F]}, [0, 1, 2, 5], None),
+        (
+            "neomme",
+            {"layer_types": [S, F, S, F, S, F]},
+            [0, 2, 3, 5],
+            "value embeddings feed the first and the last layer of full attention",
+        ),
         ("llama", {}, HEAD, None),
         ("llama", ON, DOUBLED, None),
-        ("gemma3_text", {}, MIDDLE, None),
+        ("gemma3_text", {"layer_types": [S, F, S, F, S, F]}, MIDDLE, None),
         (None, {}, HEAD, None),
     ],
 )
 def test_objections(kind: str | None, config: dict[str, Any], order: list[int], reason: str | None) -> None:
-    found = objection({"model_type": kind, **config}, order, DEPTH)
-    assert found == (None if reason is None or kind is None else says(kind, reason))
+    found = [objection.text for objection in objections(case(kind, config, order))]
+    assert found == ([] if reason is None else [says(kind, reason)])
 
 
-def test_a_type_stands_in_one_row_only() -> None:
-    kinds = [kind for row in EXCEPTIONS for kind in row.model_types]
-    assert len(kinds) == len(set(kinds))
+@pytest.mark.parametrize(
+    ("kind", "config", "order", "reason"),
+    [
+        ("gemma4_text", {"layer_types": [S, F, S, F, S, F]}, [0, 1, 2], "the class makes the last layer one of full attention"),
+        (
+            "olmo_hybrid",
+            {"layer_types": [L, L, L, F, L, F]},
+            [3, 5],
+            "the class wants a layer of linear attention and one of full attention",
+        ),
+        ("qwen3_next", {"layer_types": [L, L, L, F, L, L]}, [0, 1], NONE_LEFT),
+        ("nemotron_h", {"layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba", "moe"]}, [0, 1], NONE_LEFT),
+        ("qwen4_exp_text", {"ple_layer_ids": [2, 4]}, [0, 2, 3, 4, 5], RANKS),
+        ("albert", {}, TAIL, LOOPED),
+        ("blt", {}, TAIL, LOOPED),
+    ],
+)
+def test_what_no_recipe_can_allow(kind: str, config: dict[str, Any], order: list[int], reason: str) -> None:
+    found = objections(case(kind, config, order))
+    assert [(objection.text, objection.fatal) for objection in found] == [(says(kind, reason, True), True)]
 
 
-def test_every_row_has_an_order_that_it_refuses() -> None:
-    for row in EXCEPTIONS:
-        assert any(not row.exact(order, DEPTH) for order in (TAIL, HEAD, MIDDLE, DOUBLED)), row.model_types
+@pytest.mark.parametrize(
+    ("kind", "config", "order"),
+    [
+        ("qwen4_exp_text", {"ple_layer_ids": [2, 4]}, [0, 1, 2, 4, 5]),
+        ("qwen4_exp_text", {"ple_layer_ids": []}, HEAD),
+        ("lfm2", {"layer_types": ["conv", "conv", F, "conv", F, F]}, [0, 1, 2]),
+        ("mamba", {}, HEAD),
+        ("gemma4_text", {"layer_types": [S, F, S, F, S, F]}, [0, 1]),
+    ],
+)
+def test_the_same_types_where_it_is_exact(kind: str, config: dict[str, Any], order: list[int]) -> None:
+    assert objections(case(kind, config, order)) == []
+
+
+def test_minimax_is_exact_when_the_file_holds_its_decay() -> None:
+    assert objections(case("minimax", {}, HEAD, tensors=["model.layers.0.self_attn.slope_rate"])) == []
+
+
+def test_the_encoder_of_pegasus_x_only() -> None:
+    assert [row.model_types for row in rows(case("pegasus_x", {}, HEAD, stack="encoder")) if row.model_types] == [("pegasus_x",)]
+    assert objections(case("pegasus_x", {}, HEAD, stack="decoder")) == []
+
+
+def test_a_type_stands_in_one_row_of_its_own_only() -> None:
+    loose = [kind for row in EXCEPTIONS for kind in row.model_types if not kind.startswith(("gemma", "diffusion", "embedding"))]
+    assert len(loose) == len(set(loose))
 
 
 def test_index_dependent_types_accept_the_whole_stack() -> None:
     for row in EXCEPTIONS:
-        if row.exact(TAIL, DEPTH) or row.exact(HEAD, DEPTH):
-            assert row.exact(WHOLE, DEPTH), row.model_types
+        kind = row.model_types[0] if row.model_types else "any"
+        if row.exact(case(kind, {}, TAIL)) or row.exact(case(kind, {}, HEAD)):
+            assert row.exact(case(kind, {}, WHOLE)), row.model_types
 
 
-def test_an_unhashable_model_type_is_no_type() -> None:
-    assert objection({"model_type": ["gpt2"]}, HEAD, DEPTH) is None
-    assert objection({}, HEAD, DEPTH) is None
+def test_what_cannot_be_edited_at_all() -> None:
+    assert hopeless({"model_type": "albert"}) == says("albert", LOOPED, True)
+    assert hopeless({"model_type": "novel", "text_config": {"model_type": "hrm_text"}}) == says("hrm_text", LOOPED, True)
+    assert hopeless({"model_type": "llama"}) is None
+    assert hopeless({"model_type": ["albert"]}) is None
+    inner = case("blt_local_decoder", {}, TAIL, root={"model_type": "blt"})
+    assert [objection.fatal for objection in objections(inner)] == [True]
+
+
+def test_features_of_images_behind_the_first_layers() -> None:
+    root = {"model_type": "qwen3_vl", "vision_config": {"deepstack_visual_indexes": [3, 5]}}
+    told = ["features of images are added behind the first 2 layers, whichever these are; texts without images are not concerned"]
+    assert remarks(case("qwen3_vl_text", {}, [0, 2, 3], root=root)) == told
+    assert remarks(case("qwen3_vl_text", {}, [0, 1, 3], root=root)) == []
+    assert remarks(case("llama", {}, HEAD)) == []

@@ -31,7 +31,7 @@ def checkpoint(folder: Path, config: dict[str, Any], layers: int = 4, extra: int
     names += [f"model.layers.{layer}.{rest}" for layer in range(layers, layers + extra) for rest in MODULE]
     names += [*own, "model.norm.weight", "lm_head.weight"]
     tensors: Spec = {name: ("U8", (64,), origin(f"{name};")) for name in names}
-    return write_checkpoint(folder, tensors, {"model_type": "deepseek_v3", "num_hidden_layers": layers, **config}, 2)
+    return write_checkpoint(folder, tensors, {"model_type": "glm4v_moe_x", "num_hidden_layers": layers, **config}, 2)
 
 
 def member(folder: Path) -> Member:
@@ -169,7 +169,7 @@ def test_padded_values_lose_their_tail_with_the_layers(tmp_path: Path) -> None:
     }
     assert edits(source, [0, 1, 1, 2, 3])["per_layer_config"] == {"1": {"a": 1}, "2": {"a": 1}}
     found = member(source)
-    told = [dependent.key for dependent in dependents(found.checkpoint.config, found.stack)]
+    told = [dependent.key for dependent in dependents(found)]
     assert told == ["num_hidden_layers", "layer_types", "rope_theta", "moe_layers", "per_layer_config", "hybrid_override_pattern"]
 
 
@@ -196,7 +196,10 @@ def test_an_unknown_padded_list_stops_the_run(tmp_path: Path) -> None:
     source = checkpoint(tmp_path, {"num_nextn_predict_layers": 2, "novelty": [1] * 6}, 4, 2)
     with pytest.raises(RefusedError) as caught:
         edits(source, [0])
-    expected = "config.json: novelty is a list of 6 entries, and layercut does not know whether it must follow the layers"
+    expected = (
+        "layercut does not know whether this follows the layers: novelty (a list of 6 entries); declare it in the recipe under "
+        "'architecture' (perhaps lists: [novelty]), or as ignore: [...] what does not"
+    )
     assert str(caught.value) == expected
 
 

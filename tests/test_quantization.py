@@ -368,7 +368,7 @@ def test_edits_say_what_changed_and_nothing_else_changes(tmp_path: Path) -> None
     ]
     expected = text.replace('[\n      "model.layers.1.mlp.gate",\n      "lm_head"\n    ]', '[\n      "lm_head"\n    ]')
     assert done.text == expected.replace(":12", ":11").replace("layers.11", "layers.10")
-    told = {dependent.key: dependent.reason for dependent in dependents(checkpoint.config, source.stack)}
+    told = {dependent.key: dependent.reason for dependent in dependents(source)}
     assert told == {"num_hidden_layers": "depth", **dict.fromkeys([edit.key for edit in edits], reason)}
 
 

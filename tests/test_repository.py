@@ -45,16 +45,25 @@ HEAVY = ("accelerate", "datasets", "numpy", "pandas", "pyarrow", "torch", "trans
 
 # The order of the modules: each imports only from lines above its own.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("axes", "caches", "canvas", "chattemplates", "errors", "exceptions", "jsontext", "record", "sharing", "sizes", "version"),
-    ("hubfaults", "smallfile"),
+    (
+        "axes", "caches", "canvas", "chattemplates", "errors", "exceptions", "implied", "jsontext", "record", "sharing", "sizes",
+        "towers", "version",
+    ),
+    ("declarations", "hubfaults", "smallfile"),
     ("calibration", "conversions", "copying", "header", "stack", "tokens", "yamltext"),
     ("companions", "metric"),
     ("mirror", "samplewise", "tokenwise"),
     ("hubreader", "metrics"),
-    ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "settling", "stated", "strategies"),
-    ("architecture", "blockscores", "gguf", "memory", "measurements", "mergekit", "operations", "pickled", "seams", "shards", "spill", "upload"),
+    ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "stated", "strategies"),
+    ("anatomy",),
+    (
+        "architecture", "blockscores", "gguf", "measurements", "memory", "mergekit", "operations", "pickled", "rules", "seams",
+        "settling", "shards", "spill", "upload",
+    ),
     ("boundaries", "ends", "gallery", "heatmap", "hubmodel", "hubwriter", "page", "quantization", "recipe", "weights"),
-    ("lineplot", "source", "surgery"),
+    ("lineplot", "moves", "patterns", "source", "views"),
+    ("homes", "strangers", "tables"),
+    ("surgery",),
     ("compatibility", "fetching", "inmemory", "layout", "start"),
     ("choices",),
     ("planner",),
@@ -63,8 +72,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("accumulators", "arguments"),
     ("resident",),
     ("streaming",),
-    ("schedules",),
+    ("ranks", "schedules"),
     ("engine",),
+    ("gathering",),
     ("arithmetic", "report", "staging"),
     ("analysis",),
     ("disclosure", "display", "journal"),
@@ -76,7 +86,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("api", "short_transformers"),
     ("cli",),
     ("__init__", "__main__"),
-)
+)  # fmt: skip
 # Modules that import torch when they are imported; the others reach for them inside functions.
 MEASURING = (
     "accumulators", "arguments", "draw", "encoding", "engine", "loading", "perplexity", "resident", "runner", "schedules", "skeleton",
@@ -86,9 +96,11 @@ MEASURING = (
 OF_THE_WHOLE = (
     "bad_files",
     "bad_input",
+    "backbones",
     "benchmarks",
     "docs",
     "end_to_end",
+    "every_architecture",
     "frankenmerge",
     "fuzz",
     "hostile",

@@ -17,23 +17,9 @@ from layercut.architecture import Member, find_stack
 from layercut.checkpoint import open_checkpoint
 from layercut.errors import RefusedError
 from layercut.plan import Edit
+from layercut.rules import CYCLE, INDICES, INDICES_FROM_1, KEYED, LETTERS, LIST, PERIOD, PREFIX, RULES, RUNS, SUFFIX, WRITTEN, Rule
 from layercut.stack import LayerRef
-from layercut.surgery import (
-    INDICES,
-    INDICES_FROM_1,
-    KEYED,
-    LETTERS,
-    LIST,
-    PERIOD,
-    PREFIX,
-    RULES,
-    SUFFIX,
-    Dependent,
-    Rule,
-    Surgery,
-    dependents,
-    operate,
-)  # fmt: skip
+from layercut.surgery import INEXACT, Dependent, Surgery, dependents, operate
 
 
 def member(folder: Path, config: dict[str, Any] | str, layers: int, prefix: str = "model.layers.") -> Member:
@@ -55,7 +41,7 @@ def without(depth: int, *gone: int) -> list[int]:
     return [index for index in range(depth) if index not in gone]
 
 
-S, F = "sliding_attention", "full_attention"
+S, F, L = "sliding_attention", "full_attention", "linear_attention"
 QWEN3 = {"model_type": "qwen3", "num_hidden_layers": 6, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3,
          "layer_types": [S, F, S, F, S, F]}  # fmt: skip
 LLAMA4 = {"model_type": "llama4_text", "num_hidden_layers": 8, "interleave_moe_layer_step": 2, "moe_layers": [1, 3, 5, 7],
@@ -80,6 +66,7 @@ NEMOTRON = {"model_type": "nemotron_h", "num_hidden_layers": 6, "hybrid_override
             without(6, 2), {"num_hidden_layers": 5, "moe_topk": [2, 1, 1, 2, 1]}, id="2 hunyuan",
         ),
         pytest.param(JAMBA, without(8, 0, 1, 2, 3), {"num_hidden_layers": 4}, id="4 jamba, one period"),
+        pytest.param(JAMBA, without(8, 0, 1), {"num_hidden_layers": 6, "attn_layer_offset": 0}, id="4 jamba, another offset"),
         pytest.param(
             NEMOTRON, without(6, 3),
             {"num_hidden_layers": 5, "hybrid_override_pattern": "ME*M*",
@@ -171,8 +158,16 @@ PATTERN = "cannot describe the new order of layers; choose layers that keep the 
             [*range(6), *range(6)],
             f"config.json: first_k_dense_replace = 2 (number of first layers) {PATTERN}",
         ),
-        (JAMBA, without(8, 0, 1), f"config.json: attn_layer_period = 4 (period of layers) {PATTERN}"),
-        (JAMBA, without(8, 1), f"config.json: attn_layer_period = 4 (period of layers) {PATTERN}"),
+        (
+            JAMBA,
+            without(8, 1),
+            f"config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers) {PATTERN}",
+        ),
+        (
+            JAMBA,
+            without(8, 2),
+            f"config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers) {PATTERN}",
+        ),
         (
             {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
             [0, 3, 1],
@@ -186,28 +181,30 @@ PATTERN = "cannot describe the new order of layers; choose layers that keep the 
         (
             {"num_hidden_layers": 4, "foo_per_layer": [1, 2, 3, 4]},
             [0, 1],
-            "config.json: foo_per_layer is a list of 4 entries, and layercut does not know whether it must follow the layers",
+            "layercut does not know whether this follows the layers: foo_per_layer (a list of 4 entries); "
+            "declare it in the recipe under 'architecture' (perhaps lists: [foo_per_layer]), or as ignore: [...] what does not",
         ),
         (
             {"num_hidden_layers": 4, "loop_layers": 4},
             [0, 1],
-            "config.json: loop_layers is 4, the number of layers, and layercut does not know whether it must follow the layers",
+            "layercut does not know whether this follows the layers: loop_layers (4, the number of layers); "
+            "declare it in the recipe under 'architecture' (perhaps depth_keys: [loop_layers]), or as ignore: [...] what does not",
         ),
         (
             {"num_hidden_layers": 4, "model_type": "modernbert-decoder"},
             [1, 2],
-            "model type modernbert-decoder: the first layer has no attention norm, so this stack would load but compute something else",
+            "model type modernbert-decoder: the first layer has no attention norm, so this stack would load but compute something else"
+            f"; {INEXACT}",
         ),
         (
             {"num_hidden_layers": 4, "model_type": "diffllama"},
             [1, 2, 3],
-            "model type diffllama: lambda_init depends on the layer index, so this stack would load but compute something else",
+            f"model type diffllama: lambda_init depends on the layer index, so this stack would load but compute something else; {INEXACT}",
         ),
         (
-            {"num_hidden_layers": 4, "model_type": "gemma3n_text"},
+            {"num_hidden_layers": 4, "model_type": "albert"},
             [0, 1, 2],
-            "model type gemma3n_text: per-layer embedding tables and shared keys and values are not cut yet, "
-            "so this stack would load but compute something else",
+            "model type albert: layers are looped, paired or shared, so this stack would not run as it is",
         ),
     ],
 )
@@ -236,8 +233,10 @@ def test_a_period_gives_way_to_its_list(tmp_path: Path) -> None:
     assert {edit.key: edit.after for edit in done.edits} == {"num_hidden_layers": 3, "layer_types": [S, S, F]}
     del config["layer_types"]
     assert [edit.key for edit in cut(tmp_path / "n", config, 6, [0, 1, 2]).edits] == ["num_hidden_layers"]
+    done = cut(tmp_path / "o", config, 6, [0, 1, 5, 2])  # the class reads a list where there is one: it is written out
+    assert {edit.key: edit.after for edit in done.edits} == {"num_hidden_layers": 4, "layer_types": [S, S, F, F]}
     with pytest.raises(RefusedError, match=r"sliding_window_pattern = 3 \(period of layers\) cannot describe"):
-        cut(tmp_path / "o", config, 6, [0, 1, 5, 2])
+        cut(tmp_path / "p", {**config, "model_type": "other"}, 6, [0, 1, 5, 2])
 
 
 def test_case_20_only_the_node_of_the_stack_is_touched(tmp_path: Path) -> None:
@@ -279,7 +278,7 @@ def test_the_whole_stack_leaves_the_text_alone(tmp_path: Path) -> None:
 
 SPELLINGS = {
     "two spaces": json.dumps(
-        {"rope_theta": 1e6, "a": "é", "layer_types": list("abcd"), "num_hidden_layers": 4, "z": {"y": [1, 2]}}, indent=2
+        {"rope_theta": 1e6, "a": "é", "layer_types": list("abcd"), "num_hidden_layers": 4, "z": {"y": [9, 9]}}, indent=2
     ),
     "four spaces": json.dumps({"a": "é", "num_hidden_layers": 4, "layer_types": list("abcd"), "z": None}, indent=4, ensure_ascii=False),
     "tabs": json.dumps({"layer_types": list("abcd"), "num_hidden_layers": 4, "z": []}, indent="\t"),
@@ -325,8 +324,8 @@ def test_spelling_is_kept(tmp_path: Path, name: str, expected: str) -> None:
 
 
 def test_a_config_on_one_line(tmp_path: Path) -> None:
-    text = '{"a":1e-05,"layer_types":["a","b","c","d"],"num_hidden_layers":4,"b":[1,2]}'
-    assert cut(tmp_path / "m", text, 4, [1, 1]).text == '{"a":1e-05,"layer_types":["b", "b"],"num_hidden_layers":2,"b":[1,2]}'
+    text = '{"a":1e-05,"layer_types":["a","b","c","d"],"num_hidden_layers":4,"b":[9,9]}'
+    assert cut(tmp_path / "m", text, 4, [1, 1]).text == '{"a":1e-05,"layer_types":["b", "b"],"num_hidden_layers":2,"b":[9,9]}'
 
 
 @pytest.mark.parametrize(
@@ -407,6 +406,11 @@ VALUES = {
     PERIOD: st.integers(1, 7),
     KEYED: st.dictionaries(st.integers(0, 5).map(str), st.integers(), max_size=6),
     LETTERS: st.text("ME*-", min_size=6, max_size=6),
+    WRITTEN: st.lists(st.integers(0, 5), unique=True).map(lambda found: ",".join(map(str, sorted(found)))),
+    CYCLE: st.one_of(st.lists(st.sampled_from("abc"), min_size=1, max_size=6), st.text("LG", min_size=1, max_size=6)),
+    RUNS: st.sampled_from(
+        [[[["a", "b"], 3]], [[["a", "b", "c"], 2]], [[["a"], 1], [["b"], 1], [["a"], 1], [["b"], 1], [["b"], 1], [["c"], 1]]]
+    ),
 }
 
 
@@ -440,11 +444,13 @@ def test_qwen3_lists_are_gathered_for_any_order(tmp_path_factory: pytest.TempPat
 
 def test_what_a_config_says_of_layers_can_be_listed(tmp_path: Path) -> None:
     source = member(tmp_path / "m", KIMI, 6)
-    assert dependents(source.checkpoint.config, source.stack) == [
+    assert dependents(source) == [
         Dependent("num_hidden_layers", 6, "depth"),
         Dependent("first_k_dense_replace", 1, "number of first layers"),
         Dependent("linear_attn_config.full_attn_layers", [3, 6], "list of layer numbers from 1"),
         Dependent("linear_attn_config.kda_layers", [1, 2, 4, 5], "list of layer numbers from 1"),
+        Dependent("mlp_layer_types", ["dense", *["sparse"] * 5], "one entry a layer, made by the class"),
+        Dependent("layer_types", [L, L, F, L, L, F], "one entry a layer, made by the class"),
     ]
 
 

@@ -1,0 +1,197 @@
+"""Patterns: kinds of layers that several values of config.json spell together, and numbers that the class derives from the depth.
+
+A pattern is decoded into one entry a layer. The entries of a new stack are spelled again by trying: the first change of the values that
+decodes to them is taken, and when there is none the stack cannot be described.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from layercut.anatomy import LayerStack
+from layercut.rules import whole
+
+Config = Mapping[str, Any]
+Changes = Mapping[str, Any]
+
+
+class Pattern(NamedTuple):
+    """Keys that say together of what kind each layer is."""
+
+    keys: tuple[str, ...]
+    reason: str
+    applies: Callable[[Config, LayerStack], bool]
+    decode: Callable[[Config, int], list[Any] | None]
+    spellings: Callable[[Config, int], Iterator[Changes]]
+    """Changes of the keys for a stack of so many layers, the preferred first."""
+
+    def encode(self, entries: list[Any], node: Config) -> Changes | None:
+        """The first spelling that means these entries, or None."""
+        for changes in ({}, *self.spellings(node, len(entries))):
+            if self.decode({**node, **changes}, len(entries)) == entries:
+                return changes
+        return None
+
+
+def _numbers(node: Config, *defaults: tuple[str, int]) -> list[int] | None:
+    """Values of keys, or None when one is no whole number from 0."""
+    found = [node[key] if node.get(key) is not None else default for key, default in defaults]
+    return found if all(whole(value) for value in found) else None
+
+
+def _kind(node: Config) -> str:
+    return str(node.get("model_type"))
+
+
+def _offset(name: str, period: int, offset: int) -> Pattern:
+    """Layers i with i % period == offset, as Jamba spells them; no list can be given instead."""
+    keys = (f"{name}_layer_period", f"{name}_layer_offset")
+
+    def decode(node: Config, depth: int) -> list[Any] | None:
+        values = _numbers(node, (keys[0], period), (keys[1], offset))
+        return [i % values[0] == values[1] for i in range(depth)] if values and values[0] > 0 else None
+
+    def spellings(node: Config, depth: int) -> Iterator[Changes]:
+        old = node.get(keys[0], period)
+        yield from ({keys[1]: at} for at in range(old))
+        yield from ({keys[0]: every, keys[1]: at} for every in range(1, depth + 2) for at in range(every))
+
+    def applies(node: Config, stack: LayerStack) -> bool:
+        return keys[0] in node and not isinstance(node.get("layers_block_type"), list)
+
+    return Pattern(keys, "period and offset of layers", applies, decode, spellings)
+
+
+def _dense(node: Config, depth: int) -> list[Any] | None:
+    """Qwen's spelling: layer i is dense when it is listed, or when i + 1 is no multiple of the step."""
+    only, step = node.get("mlp_only_layers") or [], _numbers(node, ("decoder_sparse_step", 1))
+    if not isinstance(only, list) or not all(map(whole, only)) or not step or step[0] < 1:
+        return None
+    return [i in only or (i + 1) % step[0] != 0 for i in range(depth)]
+
+
+class _Listed(NamedTuple):
+    """Qwen's pattern: any set of dense layers can be listed once the step is 1."""
+
+    keys: tuple[str, ...] = ("mlp_only_layers", "decoder_sparse_step")
+    reason: str = "list of dense layers and step of the others"
+    decode: Callable[[Config, int], list[Any] | None] = _dense
+
+    @staticmethod
+    def applies(node: Config, stack: LayerStack) -> bool:
+        return "mlp_only_layers" in node or ("decoder_sparse_step" in node and _kind(node).startswith(("qwen", "flint")))
+
+    @staticmethod
+    def encode(entries: list[Any], node: Config) -> Changes | None:
+        old, step = node.get("mlp_only_layers") or [], node.get("decoder_sparse_step") or 1
+        listed = [i for i, dense in enumerate(entries) if dense and (i + 1) % step == 0]
+        if _dense({"mlp_only_layers": listed, "decoder_sparse_step": step}, len(entries)) == entries:
+            return {} if listed == old else {"mlp_only_layers": listed}
+        return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i, dense in enumerate(entries) if dense]}
+
+
+def _window(node: Config, depth: int) -> list[Any] | None:
+    """ERNIE's spelling: layers from start to end whose number from 1 is a multiple of the interval; -1 is the last layer."""
+    values = _numbers(node, ("moe_layer_start_index", 1), ("moe_layer_end_index", -1), ("moe_layer_interval", 1))
+    if not values or values[2] < 1:
+        return None
+    start, end, every = values
+    return [(i + 1) % every == 0 and start <= i <= (depth - 1 if end == -1 else end) for i in range(depth)]
+
+
+def _window_spellings(node: Config, depth: int) -> Iterator[Changes]:
+    last = node.get("moe_layer_end_index", -1)
+    for every in dict.fromkeys((node.get("moe_layer_interval", 1), 1)):
+        interval = {} if every == node.get("moe_layer_interval", 1) else {"moe_layer_interval": every}
+        if last in (-1, None):
+            yield from ({"moe_layer_start_index": start, **interval} for start in range(depth + 1))
+        for start in range(depth + 1):
+            yield from ({"moe_layer_start_index": start, "moe_layer_end_index": end, **interval} for end in range(start, depth))
+        yield {"moe_layer_start_index": depth, "moe_layer_end_index": depth, **interval}
+
+
+def _stepped(side: str, kind: str, first: int) -> Pattern:
+    """Sparse layers of one side of an encoder-decoder: those with i % step == first % step."""
+    key, other = f"{side}_sparse_step", f"num_sparse_{side}_layers"
+
+    def step_of(node: Config, depth: int) -> int | None:
+        value = node.get(key)
+        if value is None and whole(node.get(other)):  # Switch derives the step from the depth
+            value = depth // node[other] if node[other] > 0 else depth
+        return value if whole(value) else None
+
+    def decode(node: Config, depth: int) -> list[Any] | None:
+        step = step_of(node, depth)
+        if step is None:
+            return None
+        return [step > 0 and i % step == first % step for i in range(depth)]
+
+    def applies(node: Config, stack: LayerStack) -> bool:
+        return _kind(node) == kind and stack.name == side
+
+    return Pattern((key,), "step of sparse layers", applies, decode, lambda node, depth: ({key: step} for step in range(depth + 2)))
+
+
+def _aligned(node: Config, depth: int) -> list[Any] | None:
+    """Evolla's spelling: a number of layers with an aligner, spread evenly."""
+    values = _numbers(node, ("aligner_num_add_layers", 8))
+    return [(i + 1) % max(depth // values[0], 1) == 0 for i in range(depth)] if values and values[0] > 0 else None
+
+
+PATTERNS: tuple[Pattern | _Listed, ...] = (
+    _offset("attn", 8, 4),
+    _offset("expert", 2, 1),
+    _Listed(),
+    Pattern(
+        ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
+        "first, last and interval of sparse layers",
+        lambda node, stack: any(key in node for key in ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")),
+        _window,
+        _window_spellings,
+    ),
+    _stepped("encoder", "nllb-moe", -1),
+    _stepped("decoder", "nllb-moe", -1),
+    _stepped("encoder", "switch_transformers", 1),
+    _stepped("decoder", "switch_transformers", 1),
+    Pattern(
+        ("aligner_num_add_layers",),
+        "number of layers with an aligner",
+        lambda node, stack: "aligner_num_add_layers" in node,
+        _aligned,
+        lambda node, depth: ({"aligner_num_add_layers": count} for count in range(1, depth + 1)),
+    ),
+)
+
+
+class Scalar(NamedTuple):
+    """A number that has to follow the depth, or to be written so that it does not."""
+
+    key: str
+    reason: str
+    applies: Callable[[Config, LayerStack], bool]
+    follow: Callable[[Config, int, int], Any]
+    """The value for a stack of another depth: the node, the old depth, the new one."""
+
+
+SCALARS: tuple[Scalar, ...] = (
+    Scalar(
+        "scale_depth",
+        "the residual scale is scale_depth / sqrt(number of layers)",
+        lambda node, stack: isinstance(node.get("scale_depth"), int | float) and "mup_denominator" not in node,
+        lambda node, old, new: node["scale_depth"] * math.sqrt(new / old),
+    ),
+    Scalar(
+        "num_hidden_layers",
+        "twice the number of layers",
+        lambda node, stack: stack.depth_key.key == "num_layers" and node.get("num_hidden_layers") == 2 * stack.depth,
+        lambda node, old, new: 2 * new,
+    ),
+    Scalar(
+        "residual_multiplier",
+        "the default is 1 / sqrt(2 * number of layers) of the source",
+        lambda node, stack: _kind(node) == "neomme" and node.get("residual_multiplier") is None,
+        lambda node, old, new: (2 * old) ** -0.5,
+    ),
+)
