@@ -27,7 +27,9 @@ $(DEMO)/cut: $(DEMO)/installed recipes/quickstart.yaml $(wildcard layercut/*.py)
 test: lint ## what every change must pass
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4
 
-test-all: test demo ## the same, then the demo
+test-all: ## the tests with every model type of transformers, then the demo
+	LAYERCUT_ARCHITECTURES=all $(MAKE) test
+	$(MAKE) demo
 
 fuzz: $(VENV)/installed ## change checkpoints, recipes and plans at random for a minute, guided by coverage where atheris installs
 	$(VENV)/bin/python tests/fuzz.py 60
