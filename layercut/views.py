@@ -45,7 +45,7 @@ class View:
             found.append((key,))
             nested = isinstance(value, Mapping) and self.rule((key,)) is None and not any(inner in DEPTH_KEYS for inner in value)
             if nested and not isinstance(value.get("model_type"), str):
-                found += [(key, inner) for inner in value if inner in RULES]
+                found += [(key, inner) for inner in value if self.rule((key, inner)) is not None]
         return found
 
     def rule(self, path: Path) -> Rule | None:

@@ -99,10 +99,10 @@ def test_planning_fetches_headers_only(four: Hub, tmp_path: Path) -> None:
     plan = plan_recipe(recipe(tmp_path, "[{prune: {at: ['4-11']}}]"), progress=False)
     weights = sum(len(data) for name, data in four.repos["org/name"].files().items() if name.endswith(".safetensors"))
     assert weights > 3_000_000 and four.sent() < 200_000
-    assert four.fetched().keys() == {"config.json", "model.safetensors.index.json", *map(shard, range(1, 5))}
+    assert four.fetched().keys() == {"config.json", "generation_config.json", "model.safetensors.index.json", *map(shard, range(1, 5))}
     commit = four.repos["org/name"].branches["main"]
     assert (plan.sources["org/name"].revision, plan.sources["org/name"].reference) == (commit, "org/name")
-    expected = f"org/name@{commit[:12]}: 2 of 4 weight files (1.9 MB), 2 other files (40.0 kB)"
+    expected = f"org/name@{commit[:12]}: 2 of 4 weight files (1.9 MB), 1 other file (40.0 kB)"
     assert outstanding(plan) == [expected]
 
 
@@ -113,9 +113,9 @@ def test_files_of_layers_that_go_are_not_fetched(four: Hub, tmp_path: Path, caps
     capsys.readouterr()
     report = run_recipe(plan, progress=False)
     sizes = {name: len(data) for name, data in four.repos["org/name"].files().items()}
-    assert four.fetched() == {name: sizes[name] for name in ("generation_config.json", "tokenizer.json", shard(1), shard(4))}
+    assert four.fetched() == {name: sizes[name] for name in ("tokenizer.json", shard(1), shard(4))}
     commit = four.repos["org/name"].branches["main"]
-    told = f"fetching org/name@{commit[:12]}: 2 of 4 weight files (1.9 MB), 2 other files (40.0 kB)\n"
+    told = f"fetching org/name@{commit[:12]}: 2 of 4 weight files (1.9 MB), 1 other file (40.0 kB)\n"
     assert capsys.readouterr().err == told
     assert report.sources["org/name"].revision == commit
     assert output_files(tmp_path / "out") == local_output(tmp_path, steps)
@@ -297,7 +297,7 @@ def test_offline_says_exactly_what_is_missing(four: Hub, tmp_path: Path, monkeyp
     four.offline(monkeypatch)
     with pytest.raises(CheckpointError) as caught:
         run_recipe(plan, progress=False)
-    missing = f"generation_config.json, {shard(1)}, {shard(4)}, tokenizer.json"
+    missing = f"{shard(1)}, {shard(4)}, tokenizer.json"
     assert str(caught.value) == f"org/name: not in the local cache: {missing}; {FORBIDDEN}"
 
 
