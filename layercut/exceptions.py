@@ -120,6 +120,20 @@ def _outer_full(case: Case) -> bool:
     return not full or (bool(kept) and (kept[0], kept[-1]) == (full[0], full[-1]))
 
 
+def _two_hybrids(case: Case) -> bool:
+    """At least two hybrid layers are left, or as many as the source has."""
+    kinds = case.kinds("layers_block_type")
+    return sum(kinds[index] == "hybrid" for index in case.order) >= min(2, kinds.count("hybrid")) if kinds else True
+
+
+def _decoder_fits(case: Case) -> bool:
+    """The decoder has no more layers than the encoder, or the source has it so too."""
+    encoder, decoder = case.node.get("num_layers"), case.node.get("num_decoder_layers", case.node.get("num_layers"))
+    if type(encoder) is not int or type(decoder) is not int or decoder > encoder:
+        return True
+    return len(case.order) <= encoder if case.stack == "decoder" else len(case.order) >= decoder
+
+
 class Exceptional(NamedTuple):
     """A group of model types, the condition on their config, the orders that stay exact, and why others do not."""
 
@@ -154,7 +168,6 @@ EXCEPTIONS = (
     Exceptional(("rwkv",), _first, "the first layer norms the embeddings (pre_ln), and its norm would go to the new first layer"),
     Exceptional(("modernbert", "modernbert-decoder"), _first, "the first layer has no attention norm"),
     Exceptional(("zaya",), _tail, "router state is passed from layer to layer, and the first layer has no scale of it"),
-    Exceptional(("reformer",), _tail, "the layers are reversible: two streams are passed from layer to layer"),
     Exceptional(
         ("deberta-v2",),
         _first,
@@ -172,6 +185,12 @@ EXCEPTIONS = (
     Exceptional((), _led, "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"),
     Exceptional((), _attends, "no layer of attention would be left, and the cache of the class wants one", fatal=True),
     Exceptional(GEMMA[2:], _ends_full, "the class makes the last layer one of full attention", fatal=True),
+    Exceptional(
+        ("zamba",), _two_hybrids, "the class ties the block that hybrid layers share, and cannot when one of them is left", fatal=True
+    ),
+    Exceptional(
+        ("mt5", "umt5"), _decoder_fits, "the class makes a cache with as many layers as the encoder has, and the decoder needs more"
+    ),
     Exceptional(("olmo_hybrid",), _both_kinds, "the class wants a layer of linear attention and one of full attention", fatal=True),
     Exceptional(("neomme",), _outer_full, "value embeddings feed the first and the last layer of full attention"),
     Exceptional(("qwen4_exp", "qwen4_exp_text"), _ranks, "the rank of a layer in ple_layer_ids shapes its tables", fatal=True),

@@ -116,7 +116,7 @@ def stacks(model: Any, depth: int) -> dict[str, list[str]]:
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth and not zoo.TOWER.search(name)
     ]
     lists = [name for name in lists if not any(name != other and re.match(re.escape(other) + r"\.\d+\.", name) for other in lists)]
-    sides = {name: re.search(r"(?:^|\.)(encoder|decoder)\.", name) for name in lists}  # the first word: a decoder may be a BERT
+    sides = {name: re.search(r"(?:^|[._])(encoder|decoder)\.", name) for name in lists}  # the first word: a decoder may be a BERT
     encoders, decoders = (
         [name for name, side in sides.items() if side is not None and side[1] == wanted] for wanted in ("encoder", "decoder")
     )
@@ -131,7 +131,7 @@ def stacks(model: Any, depth: int) -> dict[str, list[str]]:
 @contextmanager
 def skipped(model: Any, lists: Sequence[str], layers: Sequence[int]) -> Iterator[None]:
     """The model with these layers skipped in place: each gives its input where its output was."""
-    parent = model.get_submodule(lists[0].rpartition(".")[0])
+    parent = model.get_submodule(lists[0].rpartition(".")[0]) if lists else None
     if (len(lists) > 1 and hasattr(parent, "n_layers")) or type(parent).__name__ == "SqueezeBertEncoder":  # it calls layer.forward
         with _shortened(parent, lists, layers):
             yield
@@ -230,10 +230,10 @@ def difference(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def caches(model: Any) -> bool:
-    """Whether the model generates, and the same with a cache as without. Only of a causal model can that be asked."""
+    """Whether the model generates, and the same with a cache as without. Only of a causal model that selects no tokens can it be asked."""
     try:
-        if not _causal(model):
-            return False
+        if not _causal(model) or getattr(model.config.get_text_config(), "index_topk", None):
+            return False  # near ties in a top-k of tiny models fall this way or that by the order of summing
         cached, plain = generated(model, True), generated(model, False)
         return cached.ids == plain.ids and difference(cached.logits, plain.logits) < 1e-3
     except Exception:  # it does not generate from a text, each class for its own reason

@@ -331,7 +331,10 @@ TABLE = [
     ("model: m\nmetrics: angular", "r.yaml:2:10: metrics: expected a list, found 'angular'"),
     ("model: m\nmetrics: []", "r.yaml:2:10: metrics: expected at least one entry, found []"),
     ("model: m\nmetric: {token: all}", f"r.yaml:2:9: a metric needs a name, one of: {METRIC_LIST}"),
-    ("model: m\nmetric: {name: angular, token: first}", "r.yaml:2:32: token must be last, all or the index of a token, found 'first'"),
+    (
+        "model: m\nmetric: {name: angular, token: first}",
+        "r.yaml:2:32: token must be last, all, completion, skip-first-K such as skip-first-4, or the index of a token, found 'first'",
+    ),
     ("model: m\nmetric: {name: angular, tokn: all}", "r.yaml:2:25: unknown key 'tokn'; did you mean 'token'?"),
     ("model: m\nmetric: angular\nmetrics: [cosine]", "r.yaml:3:1: takes 'metric' or 'metrics', not both"),
     (steps("prune: {layers: 2, metric: bi}"), f"r.yaml:3:32: unknown metric 'bi' (known: {METRIC_LIST})"),
@@ -345,7 +348,7 @@ TABLE = [
     ("model: m\ncalibration: {source: builtin, smples: 3}", "r.yaml:2:32: unknown key 'smples'; did you mean 'samples'?"),
     (
         "model: m\ncalibration: {source: text, path: x, dataset: y}",
-        "r.yaml:2:38: unknown key 'dataset'; known keys are batch_size, bos, column, max_length, path, samples, source",
+        "r.yaml:2:38: unknown key 'dataset'; known keys are batch_size, bos, column, max_length, min_length, path, samples, seed, source",
     ),
     ("model: m\ncalibration: {source: builtin, samples: 0}", "r.yaml:2:41: calibration.samples: expected at least 1, found 0"),
     ("model: m\ncalibration: {source: text, path: ''}", "r.yaml:2:35: calibration.path: expected some text, found ''"),

@@ -23,8 +23,8 @@ from layercut.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architectures.md"
-LEAST = 0.95
-"""Share of the causal types that is exact at every place."""
+LEAST = 0.88
+"""Share of the causal types that is exact at every place; the others are refused at some."""
 
 
 @pytest.fixture(scope="module", autouse=True)
