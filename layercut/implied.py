@@ -154,7 +154,8 @@ def _sparsity(node: Config, depth: int) -> list[float]:
 def _full_head(node: Config, depth: int) -> dict[str, Any]:
     """Gemma 4: layers with full attention have another head dimension, and may have fewer heads."""
     overrides: dict[str, Any] = {"head_dim": _number(node, "global_head_dim", 512)}
-    heads = node.get("num_global_key_value_heads") if node.get("attention_k_eq_v", True) else None
+    fewer = node.get("model_type") == "embedding_gemma2_text"
+    heads = node.get("num_global_key_value_heads", 1 if fewer else None) if fewer or node.get("attention_k_eq_v", True) else None
     if heads is not None:
         overrides["num_key_value_heads"] = heads
     kinds = node.get("layer_types") or _every(6)(node, depth)
@@ -169,10 +170,10 @@ GEMMA4 = ("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text", "embeddi
 IMPLIED: tuple[Implied, ...] = (
     Implied(("gemma2", "vaultgemma", "gpt_oss", "t5_gemma_module"), LAYER_TYPES, _every(2)),
     Implied(("gemma3_text", "t5gemma2_text", "t5gemma2_decoder"), LAYER_TYPES, _every("sliding_window_pattern", 6)),
-    Implied(("cohere2", "cohere_compass_text"), LAYER_TYPES, _every("sliding_window_pattern", 4)),
+    Implied(("cohere2",), LAYER_TYPES, _every("sliding_window_pattern", 4)),
     Implied(("cohere2_moe",), LAYER_TYPES, _cohere_moe),
     Implied(("cohere2_moe",), MLP_TYPES, _first("first_k_dense_replace", 0)),
-    Implied(("exaone4", "exaone_moe", "exaone4_5_text"), LAYER_TYPES, _exaone),
+    Implied(("exaone4", "exaone_moe"), LAYER_TYPES, _exaone),
     Implied(("exaone_moe",), MLP_TYPES, _first("first_k_dense_replace", 1)),
     Implied(("qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "dots1"), LAYER_TYPES, _kinds(_windowed, S, F)),
     Implied(("qwen2_moe",), LAYER_TYPES, _kinds(_alternating, S, F)),
