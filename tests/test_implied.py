@@ -13,7 +13,7 @@ from layercut.implied import IMPLIED, implied_values
 
 DEPTHS = (7, 13)
 # The one class whose default is of its own depth, and of no other.
-ONLY = {"gpt_neo": (12,)}
+ONLY = {"gpt_neo": (24,)}
 
 
 def class_of(kind: str) -> Any:
