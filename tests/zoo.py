@@ -87,7 +87,9 @@ UNRUNNABLE: Mapping[str, str] = {
 }
 """Types that cannot be run here, each with the reason."""
 DEPTHS: Mapping[str, int] = {
-    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear"), 8),
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), 8),
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), 8),
+    "kimi_linear": 10,
     "bailing_hybrid": 12,
     "jamba": 8,
     **dict.fromkeys(("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), 12),
@@ -275,7 +277,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "linear_attention", "hybrid", "linear_attention"],
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid", "linear_attention"],
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
         "mamba_dt_rank": 4,
