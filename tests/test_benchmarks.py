@@ -32,6 +32,7 @@ import engine_peer as peer  # noqa: E402
 import mergekit_parity as parity  # noqa: E402
 import parity_cases as cases  # noqa: E402
 import parity_rules as rules  # noqa: E402
+import real_models  # noqa: E402
 import settling as looking  # noqa: E402
 
 Tensors = Mapping[str, torch.Tensor]
@@ -498,3 +499,14 @@ def test_the_page_of_auto_counts_what_was_wrong() -> None:
     assert "1 choices were called settled, 1 of them wrongly" in text
     assert "1 choices of another block were made without saying so" in text
     assert not kept
+
+
+def test_real_models_are_compared_with_their_layers_skipped(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny("gemma3_text", layers=12)
+    rows = list(real_models.compare(str(model), tmp_path / "build"))
+    assert [row.cut for row in rows] == ["layer 0", "layer 1", "layer 6", "layer 10", "layer 11", "layers 4 to 7"]
+    assert [len(row.kinds) for row in rows] == [11] * 5 + [8]
+    assert all(row.difference < 1e-5 and row.problems == 0 for row in rows)
+    page = real_models.document(rows)
+    assert page.count("\n| model") == 1 and page.count("layer 6") == 1
+    assert not (tmp_path / "build" / "cut").exists()
