@@ -12,7 +12,7 @@ from layercut.yamltext import Key, YamlText
 
 OWN_KEYS = (
     "model", "models", "slices", "merge_method", "depth", "steps", "calibration", "metric", "metrics", "output", "evaluate", "upload",
-    "allow", "base_model", "dtype", "out_dtype", "parameters", "tokenizer_source", "chat_template",
+    "stack", "architecture", "allow", "base_model", "dtype", "out_dtype", "parameters", "tokenizer_source", "chat_template",
 )  # fmt: skip
 """Top-level keys of a recipe. Those that mergekit does not know pass through untouched."""
 LAYOUTS = ("slices", "models", "modules", "layer_slices")

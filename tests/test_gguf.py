@@ -293,8 +293,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_smollm2
-def test_smollm2_checkpoint(smollm2: Path) -> None:
-    checkpoint = resolve(str(smollm2_file()), cache=smollm2)
+def test_smollm2_checkpoint(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERCUT_CACHE", str(smollm2))
+    checkpoint = resolve(str(smollm2_file()))
     assert checkpoint.reference == str(smollm2_file()) and checkpoint.folder.parent == smollm2 / "gguf"
     assert checkpoint.folder.name == "SmolLM2-135M-Instruct.Q4_1-b179c9523d0e6a0f"
     assert (checkpoint.config["num_hidden_layers"], checkpoint.parameters, len(checkpoint.tensors)) == (30, 134_515_008, 272)
@@ -356,9 +357,10 @@ def test_smollm2_reloads_and_speaks(smollm2: Path) -> None:
 @needs_smollm2
 def test_a_converted_model_opens_without_torch(smollm2: Path) -> None:
     code = (
-        "import sys, pathlib; from layercut.source import resolve\n"
-        "resolve(sys.argv[1], cache=pathlib.Path(sys.argv[2]))\n"
+        "import sys; from layercut.source import resolve\n"
+        "resolve(sys.argv[1])\n"
         "print([name for name in ('torch', 'transformers', 'numpy', 'gguf', 'huggingface_hub') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code, smollm2_file(), smollm2], capture_output=True, text=True, check=True)
+    environment = os.environ | {"LAYERCUT_CACHE": str(smollm2)}
+    done = subprocess.run([sys.executable, "-c", code, smollm2_file()], capture_output=True, text=True, check=True, env=environment)
     assert (done.stdout, done.stderr) == ("[]\n", "")

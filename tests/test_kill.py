@@ -813,6 +813,7 @@ def command(source, tmp_path):
         return subprocess.Popen(
             [sys.executable, "-c", COMMAND, "run", str(tmp_path / "recipe.yaml"), "-q", *arguments],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background of a script ignores it
         )  # fmt: skip
 
     return start
