@@ -198,12 +198,15 @@ def analyze(
 
 @cli.command()
 @click.argument("model")
+@click.option(
+    "--stack", metavar="NAME", help="Which stack of layers, where a model has several: encoder, decoder, vision, ..., or its prefix."
+)
 @offline
 @as_json
-def inspect(model: str, as_json: bool) -> None:
+def inspect(model: str, stack: str | None, as_json: bool) -> None:
     """Show layers, sizes, dtypes, what in the config depends on the layers, and how layercut made the model, if it did."""
     checkpoint = resolve(model)
-    data = display.inspect_data(checkpoint, find_stack(checkpoint))
+    data = display.inspect_data(checkpoint, find_stack(checkpoint, stack))
     with suppress(UnreachableError):  # it is of use, not needed
         checkpoint.path(REPORT)
     report = read_report(checkpoint.folder) if (checkpoint.folder / REPORT).is_file() else None

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from layercut.analysis import Analysis
-from layercut.architecture import LayerStack, Member
+from layercut.architecture import LayerStack, Member, find_stacks
 from layercut.checkpoint import Checkpoint
 from layercut.layout import layer_tensors
 from layercut.plan import Choice, Plan, Seam
 from layercut.report import Report
 from layercut.stack import LayerRef, runs
-from layercut.surgery import dependents
+from layercut.surgery import dependents, refused_cuts
 
 BAR = 40
 """Cells of the longest bar in a picture of a stack."""
@@ -192,6 +192,8 @@ def inspect_data(checkpoint: Checkpoint, stack: LayerStack) -> dict[str, Any]:
         "layers": stack.depth,
         "extra_layers": stack.extra,
         "prefix": stack.prefix,
+        "stack": stack.name,
+        "stacks": [{"name": one.name, "prefix": one.prefix, "layers": one.depth} for one in find_stacks(checkpoint)],
         "kinds": [{"layers": found, "tensors": len(kind), "bytes": layer_bytes[found[0]]} for kind, found in kinds.items()],
         "parameters": checkpoint.parameters,
         "tensors": len(checkpoint.tensors),
@@ -200,6 +202,7 @@ def inspect_data(checkpoint: Checkpoint, stack: LayerStack) -> dict[str, Any]:
         "dtypes": dict(sorted(dtypes.items())),
         "files": {file.name: file.size for file in checkpoint.files.values()},
         "depends_on_layers": [value._asdict() for value in dependents(Member(checkpoint, stack))],
+        "refused_cuts": [{"layers": found, "reason": reason} for reason, found in refused_cuts(Member(checkpoint, stack)).items()],
         "carried_over": [name for name, _ in checkpoint.companions],
         "left_out": [{"what": what, "reason": reason} for what, reason in checkpoint.left_out],
         "digest": checkpoint.digest,
@@ -212,6 +215,8 @@ def inspect_text(data: dict[str, Any]) -> str:
     if data["revision"]:
         rows.append(("revision", data["revision"]))
     rows.append(("layers", f"{data['layers']} ({data['prefix']}0 to {data['layers'] - 1})"))
+    if len(data["stacks"]) > 1:
+        rows.append(("stack", f"{data['stack']}, of " + ", ".join(f"{one['name']} ({one['prefix']}*)" for one in data["stacks"])))
     for kind in data["kinds"]:
         name = "all layers" if len(data["kinds"]) == 1 else f"layers {_ranges(kind['layers'])}"
         rows.append(("", f"{name}: {kind['tensors']} tensors, {size(kind['bytes'])} each"))
@@ -222,6 +227,7 @@ def inspect_text(data: dict[str, Any]) -> str:
     )
     rows.append(("dtypes", ", ".join(f"{dtype} {size(count)}" for dtype, count in data["dtypes"].items())))
     rows += [(f"config {value['key']}", f"{_short(value['value'])} ({value['reason']})") for value in data["depends_on_layers"]]
+    rows += [("no cut of", f"layers {_ranges(cut['layers'])}: {cut['reason']}") for cut in data["refused_cuts"]]
     rows.append(("carried over", ", ".join(data["carried_over"]) or "nothing"))
     rows += [("left out", f"{part['what']}: {part['reason']}") for part in data["left_out"]]
     return "\n".join([data["model"], *columns(rows)])

@@ -248,6 +248,18 @@ class _Surgeon:
         return RefusedError(message, hint="choose layers that keep the pattern")
 
 
+def refused_cuts(member: Member) -> dict[str, list[int]]:
+    """The layers that cannot be cut each on its own, by the reason."""
+    found: dict[str, list[int]] = {}
+    for gone in range(member.stack.depth if member.stack.depth > 1 else 0):
+        order = [LayerRef(model="", index=index) for index in range(member.stack.depth) if index != gone]
+        try:
+            operate(member.checkpoint.config_text, "", {"": member}, order)
+        except RefusedError as error:
+            found.setdefault(error.message, []).append(gone)
+    return found
+
+
 FORMS = {"number": "depth", "absent": "depth, the default of the class", "length": "its length is the depth"}
 
 

@@ -155,6 +155,24 @@ def test_the_report_shows_the_evaluation(byte_checkpoint: Callable[..., Path], t
     assert "  prompt      Once\n  before      upon a time\n  after       more\n" in shown
 
 
+def test_inspect_names_the_stacks_and_the_cuts_that_are_refused(tmp_path: Path) -> None:
+    tensors = {f"model.{side}.layers.{at}.w": ("U8", (4,), b"abcd") for side in ("encoder", "decoder") for at in range(3)}
+    config = {"model_type": "bart", "encoder_layers": 3, "decoder_layers": 3, "num_hidden_layers": 3}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", tensors, config), reference="m")
+    for name, prefix in (("encoder", "model.encoder.layers."), ("decoder", "model.decoder.layers.")):
+        data = inspect_data(checkpoint, find_stack(checkpoint, name))
+        assert (data["stack"], data["prefix"]) == (name, prefix)
+        line = f"{name}, of encoder (model.encoder.layers.*), decoder (model.decoder.layers.*)"
+        assert next(row for row in inspect_text(data).splitlines() if row.startswith("  stack")).endswith(f"  {line}")
+    assert inspect_data(checkpoint, find_stack(checkpoint))["stack"] == "decoder"
+    folder = write_checkpoint(tmp_path / "d", byte_tensors(4), {"model_type": "diffllama", "num_hidden_layers": 4})
+    checkpoint = open_checkpoint(folder, reference="d")
+    data = inspect_data(checkpoint, find_stack(checkpoint))
+    reason = "model type diffllama: lambda_init depends on the layer index, so this stack would load but compute something else"
+    assert data["refused_cuts"] == [{"layers": [0, 1, 2], "reason": reason}]
+    assert f"  no cut of                 layers 0-2: {reason}" in inspect_text(data).splitlines()
+
+
 def test_inspect(tmp_path: Path) -> None:
     tensors = byte_tensors(3)
     tensors["model.layers.1.extra.weight"] = ("F32", (2,), bytes(8))
