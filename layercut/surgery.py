@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from layercut.anatomy import MTP_KEYS, Member, config_node
+from layercut.architecture import FALLBACK
 from layercut.checkpoint import read_text
 from layercut.errors import CheckpointError, RefusedError
 from layercut.exceptions import Case, objections, remarks
@@ -124,6 +125,10 @@ class _Surgeon:
             if key.form != "length" and (key.depth != len(self.order) or key.form == "absent"):
                 before = None if key.form == "absent" else key.depth
                 edits.append(Edit(key=str(key), before=before, after=len(self.order), reason="depth"))
+        other = FALLBACK.get(self.stack.depth_key.key)
+        if self.stack.name == "encoder" and other is not None and self.view.written.get(other) is None:
+            why = "depth of the decoder, which was read from that of the encoder"
+            edits.append(Edit(key=self.view.dotted((other,)), before=None, after=self.stack.depth, reason=why))
         return edits
 
     def _edit(self, path: Path, after: Any, reason: str) -> Edit:

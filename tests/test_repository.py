@@ -98,6 +98,7 @@ OF_THE_WHOLE = (
     "bad_input",
     "backbones",
     "benchmarks",
+    "cases",
     "docs",
     "end_to_end",
     "every_architecture",
@@ -109,6 +110,7 @@ OF_THE_WHOLE = (
     "looks",
     "mtp",
     "repository",
+    "spellings",
 )
 
 PUBLIC = [
