@@ -110,7 +110,7 @@ class HubReader:
         tries, before = 0, reached()
         while True:
             try:
-                with _quiet(self.progress):
+                with quiet_client(self.progress):
                     return call()
             except NoRangesError:
                 raise
@@ -178,7 +178,7 @@ def _discard(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(progress: bool) -> Iterator[None]:
+def quiet_client(progress: bool) -> Iterator[None]:
     """No chatter of the client, which may hold signed addresses; its progress bars as the user wants them; all as before afterwards."""
     client = _client()
     verbosity, hide = client.logging.get_verbosity(), not (progress and sys.stderr.isatty()) and not client.are_progress_bars_disabled()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from layercut.caches import is_offline
 from layercut.errors import UploadError
 from layercut.hubfaults import may_pass, scrubbed, wait_for
+from layercut.hubreader import quiet_client
 from layercut.upload import Upload
 
 T = TypeVar("T")
@@ -216,7 +215,7 @@ class HubWriter:
         """Call the client; what may pass is tried again, and whatever it raises becomes an UploadError."""
         for number in range(1, tries + 1):
             try:
-                with _shown(self._progress):
+                with quiet_client(self._progress):
                     return call()
             except UploadError:
                 raise
@@ -274,21 +273,3 @@ class HubWriter:
         if status == 408 or status >= 500:
             return self._error(f"the Hub answers {status}", f"it may be down; {AGAIN}", _PassingError)
         return self._error(f"the Hub refuses ({status}){said}", None)
-
-
-@contextmanager
-def _shown(progress: bool) -> Iterator[None]:
-    """The client's progress bars or none, and no chatter, which may hold signed addresses; as it was afterwards."""
-    import huggingface_hub.utils
-
-    client: Any = huggingface_hub.utils  # its types do not export what its documentation names
-    verbosity, hide = client.logging.get_verbosity(), not (progress and sys.stderr.isatty()) and not client.are_progress_bars_disabled()
-    client.logging.set_verbosity_error()
-    if hide:
-        client.disable_progress_bars()
-    try:
-        yield
-    finally:
-        client.logging.set_verbosity(verbosity)
-        if hide:
-            client.enable_progress_bars()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from layercut.errors import RefusedError
@@ -116,8 +116,3 @@ AROUND: Mapping[str, Mapping[str, Remap]] = {
 GENERATION: Mapping[str, Remap] = {"alignment_heads": HEADS, "dola_layers": STATES, "assistant_early_exit": STATES}
 GENERATING = ("text", "decoder")
 """Stacks that these values speak of."""
-
-
-def moves_of(model: str, depth: int, order: Sequence[LayerRef]) -> Moves:
-    """The moves of one model's layers."""
-    return Moves(model, depth, tuple(order))

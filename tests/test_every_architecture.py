@@ -39,17 +39,19 @@ def _quiet() -> Any:
     transformers.utils.logging.set_verbosity(verbosity)
 
 
+def page() -> Any:
+    """docs/architectures.py, which writes the page and reads it."""
+    spec = importlib.util.spec_from_file_location("architectures_page", ROOT / "docs" / "architectures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def listed() -> dict[str, str]:
     """The outcome of every `task:type`, as the page says it."""
-    found: dict[str, str] = {}
-    task = None
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
-        heading = re.fullmatch(r"## .* \(`(\w+)`\)", line)
-        task = heading[1] if heading else task
-        cells = re.fullmatch(r"\| `([^`]+)` \| (.*) \|", line)
-        if cells and task:
-            found[f"{task}:{cells[1]}"] = cells[2].replace("\\|", "|")
-    return found
+    rows: dict[str, str] = page().listed()
+    return rows
 
 
 def of_this_version() -> bool:
@@ -107,14 +109,10 @@ def test_almost_every_causal_type_is_exact_everywhere_and_nothing_is_wrong() -> 
 
 
 def test_the_page_counts_what_it_lists() -> None:
-    spec = importlib.util.spec_from_file_location("architectures_page", ROOT / "docs" / "architectures.py")
-    assert spec is not None and spec.loader is not None
-    page = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(page)
     text = PAGE.read_text(encoding="utf-8")
     version = re.search(r"type of transformers (\S+?),", text)
     assert version is not None
-    assert page.document(listed(), version[1]) == text
+    assert page().document(listed(), version[1]) == text
 
 
 def test_a_wrong_cut_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
