@@ -177,6 +177,7 @@ def run_recipe(
     out: str | Path | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    durable: bool = True,
     overrides: Sequence[str] = (),
     memory: int | None = None,
     ranks: Ranks = ALONE,
@@ -185,9 +186,9 @@ def run_recipe(
     """Plan, write, check, evaluate and publish, as the recipe says. A plan (or the file of one) is executed as it stands.
 
     `out` takes the place of the recipe's output. Raises LayercutError with one clear line; the output folder is complete or
-    does not exist. What a stopped run with the same plan wrote is gone on from, or with `restart` thrown away. Whether the
-    result may be published is found out first, and of a finished output only the upload is gone on with. `memory` and
-    `ranks` are as in `plan_recipe`; the main rank writes, and every rank is given the report.
+    does not exist. What a stopped run with the same plan wrote is gone on from, or with `restart` thrown away. `durable` is
+    as in `executor.execute`. Whether the result may be published is found out first, and of a finished output only the upload is gone on
+    with. `memory` and `ranks` are as in `plan_recipe`; the main rank writes, and every rank is given the report.
     """
     started = time.time()
     if not isinstance(recipe, Recipe | Plan):
@@ -202,9 +203,8 @@ def run_recipe(
     # Other ranks would wait for this one to measure.
     report = None if push is None or restart or ranks.seat.world > 1 else _unpublished(recipe, folder, overwrite)
     if report is None:
-        report = _written(
-            recipe, folder, push, overwrite=overwrite, restart=restart, memory=memory, ranks=ranks, progress=progress, started=started
-        )
+        writing = {"overwrite": overwrite, "restart": restart, "durable": durable}
+        report = _written(recipe, folder, push, writing, memory=memory, ranks=ranks, progress=progress, started=started)
     if push is not None:
         report = _publish(push, folder, progress)[1]
     return report
@@ -214,9 +214,8 @@ def _written(
     recipe: Recipe | Plan,
     folder: Path,
     push: Push | None,
+    writing: Mapping[str, bool],
     *,
-    overwrite: bool,
-    restart: bool,
     memory: int | None,
     ranks: Ranks,
     progress: bool,
@@ -224,14 +223,14 @@ def _written(
 ) -> Report:
     """Plan, write and evaluate. What would keep the result from being published is found out before it is written."""
     place = Place(folder, Path(os.path.realpath(folder)))
-    if restart or not published(place):
-        check_vacant(place, overwrite)  # before the long work, and again before writing
+    if writing["restart"] or not published(place):
+        check_vacant(place, writing["overwrite"])  # before the long work, and again before writing
     made = recipe if isinstance(recipe, Plan) else plan_recipe(recipe, out=folder, memory=memory, ranks=ranks, progress=progress)
     wanted = _asked(made).evaluate
     if push is not None:
         check_licence(make_sources(made), push.upload)
     made = fetching.fetch(made, whole=_evaluated(made), progress=progress)
-    report = execute(made, folder, overwrite=overwrite, restart=restart, progress=progress, started=started)
+    report = execute(made, folder, **writing, progress=progress, started=started)
     if wanted is not None:
         report = report.with_evaluation(evaluate(wanted, Path(made.sources[made.donor].folder), folder, progress=progress))
         write_report(folder, report)

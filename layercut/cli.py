@@ -97,6 +97,9 @@ def cli() -> None:
 @click.option("--out", metavar="DIR", help="Output folder, instead of the recipe's.")
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that holds something.")
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run wrote, instead of going on from it.")
+@click.option(
+    "--no-fsync", "durable", flag_value=False, default=True, help="Do not wait for the disk: faster, and a power cut may spoil the output."
+)
 @overrides
 @memory
 @no_cache

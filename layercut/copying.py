@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 from layercut.errors import CheckpointError, OutputError
@@ -65,12 +66,14 @@ def copy_range(
     target_offset: int,
     length: int,
     advance: Callable[[int], object] | None = None,
+    durable: bool = True,
 ) -> None:
     """Copy `length` bytes between two file descriptors, from `source_offset` to `target_offset`.
 
     Tries copy_file_range (which shares blocks on file systems that can), then sendfile, then pread and pwrite. `advance`
     is called with the number of bytes after every step. The position of `target` is undefined afterwards. Where both offsets
-    are at the same place in their block, whole blocks are asked for on their own, for only those can be shared.
+    are at the same place in their block, whole blocks are asked for on their own, for only those can be shared. With `durable` the disk
+    begins at once, for an fsync that comes.
 
     Raises CheckpointError when the source ends early, and OSError (no space, input/output error) as the system gave it.
     """
@@ -89,7 +92,8 @@ def copy_range(
             if count == 0:
                 # The end of the source, or a file system whose kernel copy gives nothing: only pread tells them apart.
                 break
-            _begin_writing(target, target_offset + done, count)
+            if durable:
+                _begin_writing(target, target_offset + done, count)
             done += count
             if advance is not None:
                 advance(count)
@@ -112,17 +116,19 @@ def _step(offset: int, rest: int, block: int) -> int:
 
 
 class SourceFiles:
-    """Files to copy from, each opened once, for reading only. They must stay as they are until the end."""
+    """Files to copy from, each opened once, for reading only, by any number of threads. They must stay as they are until the end."""
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, durable: bool = True) -> None:
         self._stack = stack
+        self._durable = durable
+        self._opening = Lock()
         self._open: dict[Path, tuple[int, os.stat_result]] = {}
 
     def copy(self, part: Range, target: int, offset: int, advance: Callable[[int], object] | None = None) -> None:
         """Copy one range to `offset` of the descriptor `target`. Raises CheckpointError or OSError, naming the source file."""
         source = self._descriptor(part.path)
         try:
-            copy_range(source, target, part.begin, offset, part.end - part.begin, advance)
+            copy_range(source, target, part.begin, offset, part.end - part.begin, advance, self._durable)
         except CheckpointError as error:
             raise CheckpointError(error.message, where=part.path, hint="plan again") from None
         except OSError as error:
@@ -153,19 +159,20 @@ class SourceFiles:
                 raise CheckpointError("was changed while it was copied", where=path, hint="run again when nothing writes to it")
 
     def _descriptor(self, path: Path) -> int:
-        if path not in self._open:
-            try:
-                source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
-            self._stack.callback(os.close, source)
-            self._open[path] = (source, os.fstat(source))
-        return self._open[path][0]
+        with self._opening:
+            if path not in self._open:
+                try:
+                    source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
+                self._stack.callback(os.close, source)
+                self._open[path] = (source, os.fstat(source))
+            return self._open[path][0]
 
 
 @contextmanager
-def new_file(path: Path, shown: Path) -> Iterator[int]:
-    """Descriptor of a file that did not exist; afterwards it is on the disk, with the same mode whatever the umask.
+def new_file(path: Path, shown: Path, durable: bool = True) -> Iterator[int]:
+    """Descriptor of a file that did not exist; afterwards it is on the disk if `durable`, with the same mode whatever the umask.
 
     Raises OutputError for everything that goes wrong inside, naming the file as `shown`.
     """
@@ -175,7 +182,8 @@ def new_file(path: Path, shown: Path) -> Iterator[int]:
         try:
             os.fchmod(target, 0o644)
             yield target
-            os.fsync(target)
+            if durable:
+                os.fsync(target)
         finally:
             os.close(target)
     except OSError as error:

@@ -1,7 +1,8 @@
 """The journal of an output in the making: which of its bytes are on the disk for good. Knows nothing of plans.
 
 The first line says what is being made, every other line what holds of one file from then on. A line is written after the bytes that it
-speaks of are on the disk, so that it is true after a power cut too; a line that a crash cut short does not count.
+speaks of are on the disk, so that it is true after a power cut too; a line that a crash cut short does not count. Where the disk is not
+waited for, a line names the start of the machine that it was written in, and counts in no other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -85,14 +87,25 @@ def read_journal(path: Path) -> Found:
     identity = _identity(_line(first))
     if identity is None:
         return NOTHING
-    entries, end = {}, len(first) + 1
+    entries, end, boot = {}, len(first) + 1, boot_id()
     for line in lines:
-        found = _entry(_line(line))
+        data = _line(line)
+        current = data.pop("boot", boot) == boot
+        found = _entry(data)
         if found is None:
             break
-        entries[found[0]] = found[1]
+        if current:
+            entries[found[0]] = found[1]
         end += len(line) + 1
     return Found(identity, entries, end)
+
+
+def boot_id() -> str:
+    """Names this start of the machine; where the system does not say, it is another one each time."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return os.urandom(16).hex()
 
 
 def _line(text: bytes) -> dict[str, Any]:
@@ -117,11 +130,13 @@ def _entry(data: dict[str, Any]) -> tuple[str, Entry] | None:
 
 
 class Journal:
-    """A journal that is written to. Every line is on the disk when its method returns."""
+    """A journal that is written to, by any number of threads. Every line is on the disk when its method returns, if `durable`."""
 
-    def __init__(self, path: Path, identity: Identity, found: Found) -> None:
+    def __init__(self, path: Path, identity: Identity, found: Found, durable: bool = True) -> None:
         """Go on with `found` where that is of `identity`, else begin. Raises OSError."""
         goes_on = found.identity == identity
+        self._durable = durable
+        self._writing = Lock()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(self._file, found.end if goes_on else 0)
@@ -134,18 +149,25 @@ class Journal:
             raise
 
     def record(self, name: str, size: int, digest: str | None = None) -> None:
-        """The first `size` bytes of the file are on the disk; with a digest (see `Entry`), it is complete."""
+        """The first `size` bytes of the file are on the disk; with a digest (see `Entry`), it is complete.
+
+        That nothing of it is there, which takes back what was said before, is put on the disk in any case.
+        """
         line: dict[str, str | int] = {"file": name, "bytes": size}
         if digest is not None:
             line["sha256"] = digest
+        if (size or digest is not None) and not self._durable:
+            line["boot"] = boot_id()
         self._write(line)
 
     def close(self) -> None:
         os.close(self._file)
 
     def _write(self, line: Mapping[str, str | int]) -> None:
-        write_bytes(self._file, json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        os.fsync(self._file)
+        with self._writing:
+            write_bytes(self._file, json.dumps(line, separators=(",", ":")).encode() + b"\n")
+            if "boot" not in line:
+                os.fsync(self._file)
 
 
 def survey(content: Path, entries: Mapping[str, Entry], expected: Mapping[str, Expected]) -> dict[str, Entry]:
@@ -181,7 +203,7 @@ def _holds(path: Path, entry: Entry, wanted: Expected) -> bool:
 
 
 @contextmanager
-def continued_file(path: Path, shown: Path, size: int) -> Iterator[int]:
+def continued_file(path: Path, shown: Path, size: int, durable: bool = True) -> Iterator[int]:
     """Descriptor of a file of which the first `size` bytes are kept; otherwise as `new_file`."""
     try:
         target = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -189,7 +211,8 @@ def continued_file(path: Path, shown: Path, size: int) -> Iterator[int]:
             os.ftruncate(target, size)
             os.fchmod(target, 0o644)
             yield target
-            os.fsync(target)
+            if durable:
+                os.fsync(target)
         finally:
             os.close(target)
     except OSError as error:

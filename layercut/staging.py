@@ -32,6 +32,8 @@ class Place(NamedTuple):
     """As the user wrote it, for messages."""
     target: Path
     """The same, absolute and without symbolic links."""
+    durable: bool = True
+    """Whether the disk is waited for, so that a power cut finds what a kill finds."""
 
     @property
     def staging(self) -> Path:
@@ -62,7 +64,7 @@ class Place(NamedTuple):
 
 def check_place(place: Place, sources: Mapping[str, Checkpoint]) -> None:
     """The output must be a folder of its own: away from the sources, the current directory, the home, and mount points."""
-    shown, target = place
+    shown, target = place.shown, place.target
     for alias, checkpoint in sources.items():
         folder = Path(os.path.realpath(checkpoint.folder))
         if _inside(target, folder) or _inside(folder, target):
@@ -132,7 +134,8 @@ def staged(place: Place) -> Iterator[None]:
     try:
         for folder in made:
             folder.mkdir()
-            sync(folder.parent)
+            if place.durable:
+                sync(folder.parent)
         lock = _take_lock(place)
         try:
             yield
@@ -221,7 +224,8 @@ def publish(place: Place, overwrite: bool) -> None:
 
 def settle(place: Place, replaced: bool) -> None:
     """Put the new name on the disk; the folder that was replaced goes."""
-    sync(place.target.parent)
+    if place.durable:
+        sync(place.target.parent)
     if replaced and os.path.lexists(place.old):
         try:
             shutil.rmtree(place.old)

@@ -1,4 +1,4 @@
-"""Writes the files of a plan one after the other, records what is on the disk, and goes on in the middle of a file. Checks nothing."""
+"""Writes the files of a plan, records what is on the disk, and goes on in the middle of a file. Checks nothing."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 from layercut.arithmetic import write_made
 from layercut.checkpoint import CONFIG, INDEX, Checkpoint
 from layercut.copying import Range, SourceFiles, coalesce, new_file, sync, write_bytes
 from layercut.errors import OutputError
+from layercut.hands import Job, together
 from layercut.header import ITEM_BITS
 from layercut.journal import Entry, Journal, continued_file
-from layercut.plan import Plan, TensorCopy, TensorMade
+from layercut.plan import OutputFile, Plan, TensorCopy, TensorMade
 from layercut.report import file_digest
 from layercut.staging import Place
 
@@ -24,6 +26,10 @@ from layercut.staging import Place
 # two of work on any disk, and a fast one does not wait at each of them. In bytes and seconds.
 MARK = 128 << 20
 PAUSE = 1.0
+# Weight files written at the same time: one processor alone does not copy as fast as a good disk writes. Outputs of less than SMALL
+# bytes are written one file after the other.
+HANDS = 4
+SMALL = 256 << 20
 
 Step = Range | TensorMade
 
@@ -49,28 +55,39 @@ class Writer(NamedTuple):
     """What an earlier run left of the files."""
 
     def write_all(self, advance: Callable[[int], object]) -> None:
-        """All files but the report, in plan order and the index last, each on the disk before the next begins.
+        """All files but the report, each on the disk before the next begins: config.json, the weights, others, and the index last.
 
-        `advance` is called with the number of bytes after every step, and for what is kept. Raises OutputError, and CheckpointError
-        when a source cannot be read or was changed.
+        Large weight files are written HANDS at a time, tensors are computed one at a time. `advance` is called with the number of bytes
+        after every step, and for what is kept, by one thread at a time. Raises OutputError, and CheckpointError when a source cannot be
+        read or was changed.
         """
         actions = self.plan.actions
         folders = {alias: checkpoint.folder for alias, checkpoint in self.sources.items()}
+        advancing, computing = Lock(), Lock()
         with ExitStack() as stack:
-            opened = SourceFiles(stack)
+            opened = SourceFiles(stack, self.place.durable)
 
-            def put(piece: Piece, target: int) -> None:
-                if isinstance(piece.step, Range):
-                    opened.copy(piece.step, target, piece.offset, advance)
-                else:
-                    self._compute(piece.step, folders, opened, target, piece.offset, advance)
+            def write(name: str, start: bytes, steps: Iterable[Step] = (), check: Callable[[], None] = lambda: None) -> None:
+                def on(count: int) -> None:
+                    check()
+                    with advancing:
+                        advance(count)
 
-            def write(name: str, start: bytes, steps: Iterable[Step] = ()) -> None:
-                self._write(name, start, steps, put, advance)
+                def put(piece: Piece, target: int) -> None:
+                    if isinstance(piece.step, Range):
+                        opened.copy(piece.step, target, piece.offset, on)
+                    else:
+                        with computing:
+                            self._compute(piece.step, folders, opened, target, piece.offset, on)
+
+                self._write(name, start, steps, put, on)
+
+            def job(file: OutputFile) -> Job:
+                return lambda check: write(file.name, self.headers[file.name], steps_of(file.tensors, folders), check)
 
             write(CONFIG, actions.config.encode())
-            for file in actions.files:
-                write(file.name, self.headers[file.name], steps_of(file.tensors, folders))
+            hands = min(HANDS, os.cpu_count() or 1) if self.plan.weight_bytes >= SMALL else 1
+            together([job(file) for file in actions.files], hands)
             for companion in actions.companions:
                 write(companion.name, b"", [Range(folders[companion.model] / companion.name, 0, companion.size)])
             for name, text in sorted(actions.texts.items()):
@@ -89,7 +106,8 @@ class Writer(NamedTuple):
             advance(kept.size)
             return
         position = len(start) if kept is None else kept.size
-        with new_file(path, shown) if kept is None else continued_file(path, shown, kept.size) as target:
+        durable = self.place.durable
+        with new_file(path, shown, durable) if kept is None else continued_file(path, shown, kept.size, durable) as target:
             if kept is None:
                 write_bytes(target, start)
             advance(position)
@@ -98,11 +116,13 @@ class Writer(NamedTuple):
                 put(piece, target)
                 position = piece.end
                 if position // MARK > recorded // MARK and time.monotonic() >= since + PAUSE:
-                    os.fsync(target)
-                    self._sync(path)
+                    if durable:
+                        os.fsync(target)
+                        self._sync(path)
                     self.journal.record(name, position)
                     recorded, since = position, time.monotonic()
-        self._sync(path)
+        if durable:
+            self._sync(path)
         self.journal.record(name, position, hashlib.sha256(start).hexdigest() if name in self.headers else file_digest(path).sha256)
 
     def _compute(

@@ -13,6 +13,8 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -23,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from layercut import arithmetic, executor
+from layercut import arithmetic, executor, journal, writer
 from layercut.checkpoint import open_checkpoint
 from layercut.copying import SourceFiles
 from layercut.errors import CheckpointError, LayercutError, OutputError
@@ -1120,6 +1122,125 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(plan, tmp_path, monke
     assert sum("layercut.json" in name for name in synced) == 1
 
 
+# Without waiting for the disk
+
+
+def test_without_waiting_for_the_disk_the_output_is_the_same(plan, tmp_path, monkeypatch):
+    execute(plan, tmp_path / "out", progress=False)
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: pytest.fail("the disk was hurried"))
+    execute(plan, tmp_path / "new" / "fast", durable=False, progress=False)
+    staging = tmp_path / "new" / ".fast.layercut-partial"
+    # What was there is no more: that alone must be on the disk before others take its place.
+    assert synced == [str(staging / "journal"), str(staging), str(staging.parent)]
+    assert stable(tmp_path / "new" / "fast") == stable(tmp_path / "out")
+
+
+@pytest.mark.parametrize("started_again", [False, True])
+@pytest.mark.parametrize("then", [False, True])
+def test_a_stopped_run_that_did_not_wait_goes_on_unless_the_machine_was_started_again(plan, tmp_path, monkeypatch, started_again, then):
+    failing(monkeypatch, KeyboardInterrupt(), after=4)
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, tmp_path / "out", durable=False, progress=False)
+    monkeypatch.undo()
+    if started_again:
+        monkeypatch.setattr(journal, "boot_id", lambda: "another")
+    calls, real = [], SourceFiles.copy
+    monkeypatch.setattr(SourceFiles, "copy", lambda self, part, *rest: calls.append(part) or real(self, part, *rest))
+    execute(plan, tmp_path / "out", durable=then, progress=False)
+    again = len(calls)
+    execute(plan, tmp_path / "clean", progress=False)
+    assert (again == len(calls) - again) == started_again
+    assert stable(tmp_path / "out") == stable(tmp_path / "clean")
+
+
+# Several files at a time
+
+
+@pytest.fixture
+def many_hands(monkeypatch):
+    monkeypatch.setattr(writer, "SMALL", 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+
+
+@pytest.fixture
+def wide(byte_checkpoint):
+    """A plan of seven weight files."""
+    folder = byte_checkpoint("source", layers=12, shards=3)
+    return plan_for({"source": folder}, [("source", index) for index in (0, 1, 2, 5, 6, 7, 8, 11)], shards=7)
+
+
+def test_small_outputs_are_written_one_file_after_the_other(plan, tmp_path, monkeypatch):
+    real, seen = writer.together, []
+    monkeypatch.setattr(writer, "together", lambda jobs, hands: seen.append((len(jobs), hands)) or real(jobs, hands))
+    execute(plan, tmp_path / "out", progress=False)
+    assert seen == [(3, 1)]
+
+
+def test_many_hands_write_the_same(wide, tmp_path, monkeypatch, many_hands):
+    threads, counts, real = set(), [], SourceFiles.copy
+
+    def copy(self, *args):
+        threads.add(threading.current_thread())
+        real(self, *args)
+
+    @contextmanager
+    def meter(total, progress):
+        yield counts.append
+        assert sum(counts) == total
+
+    monkeypatch.setattr(SourceFiles, "copy", copy)
+    monkeypatch.setattr(executor, "_meter", meter)
+    execute(wide, tmp_path / "out", progress=False)
+    assert 1 < len(threads - {threading.main_thread()}) <= 3
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    counts.clear()
+    execute(wide, tmp_path / "clean", progress=False)
+    assert stable(tmp_path / "out") == stable(tmp_path / "clean")
+
+
+def test_an_error_stops_all_hands_and_names_its_file(wide, tmp_path, monkeypatch, many_hands):
+    real, lock, copied = SourceFiles.copy, threading.Lock(), []
+
+    def copy(self, part, target, *args):
+        name = Path(f"/proc/self/fd/{target}").readlink().name
+        if name == "model-00003-of-00007.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with lock:
+            copied.append(name)
+        real(self, part, target, *args)
+
+    monkeypatch.setattr(SourceFiles, "copy", copy)
+    with pytest.raises(OutputError) as caught:
+        execute(wide, tmp_path / "out", progress=False)
+    tail = f"cannot be written: No space left on device; free some space; {KEPT}"
+    assert str(caught.value) == f"{tmp_path}/out/model-00003-of-00007.safetensors: {tail}"
+    assert not {"model-00006-of-00007.safetensors", "model-00007-of-00007.safetensors"} & set(copied)
+    monkeypatch.undo()
+    execute(wide, tmp_path / "out", progress=False)
+    execute(wide, tmp_path / "clean", progress=False)
+    assert stable(tmp_path / "out") == stable(tmp_path / "clean")
+
+
+def test_only_one_tensor_is_computed_at_a_time(floats, tmp_path, monkeypatch, many_hands):
+    whole = plan_for({"floats": floats}, [("floats", index) for index in range(4)], shards=4)
+    made = with_made(whole, lambda copy: made_of(copy, factors=(2.0,)))
+    real, at_work, most = writer.write_made, [], []
+
+    def write_made(*args):
+        at_work.append(1)
+        most.append(len(at_work))
+        time.sleep(0.01)
+        real(*args)
+        at_work.pop()
+
+    monkeypatch.setattr(writer, "write_made", write_made)
+    execute(made, tmp_path / "out", progress=False)
+    assert len(most) > 4
+    assert set(most) == {1}
+
+
 # Two runs at once
 
 
@@ -1177,8 +1298,8 @@ def test_a_staging_folder_that_is_a_trap(plan, tmp_path):
 def test_a_folder_that_is_filled_meanwhile_is_not_replaced(plan, tmp_path, monkeypatch):
     real = executor.write_report
 
-    def meanwhile(folder, report):
-        real(folder, report)
+    def meanwhile(folder, report, durable):
+        real(folder, report, durable)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("mine")
 

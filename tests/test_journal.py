@@ -12,7 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from layercut import journal as journal_module
 from layercut.errors import OutputError
+from layercut.hands import together
 from layercut.journal import FORMAT, NOTHING, Entry, Expected, Identity, Journal, clear, continued_file, read_journal, survey
 from layercut.version import __version__
 
@@ -294,7 +296,70 @@ def test_what_is_not_kept_goes(content, tmp_path):
     clear(content / "nowhere", ())
 
 
+# Without waiting for the disk
+
+
+def hasty(path: Path, *records, found=NOTHING) -> list[int]:
+    """Records that are not waited for; gives the number of syncs of each."""
+    journal, syncs, real = Journal(path, MINE, found, durable=False), [], os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: syncs.append(descriptor) or real(descriptor))
+        counts = []
+        for record in records:
+            journal.record(*record)
+            counts.append(len(syncs))
+            syncs.clear()
+    journal.close()
+    return counts
+
+
+def test_what_is_not_on_the_disk_counts_until_the_machine_starts_again(path, monkeypatch):
+    written(path, ("a", 5), ("b", 7, "d"))
+    found = read_journal(path)
+    assert hasty(path, ("a", 9), ("c", 3, "e"), found=found) == [0, 0]
+    assert read_journal(path).entries == {"a": Entry(9), "b": Entry(7, "d"), "c": Entry(3, "e")}
+    monkeypatch.setattr(journal_module, "boot_id", lambda: "another")
+    after = read_journal(path)
+    assert after.entries == {"a": Entry(5), "b": Entry(7, "d")}
+    assert after.end == path.stat().st_size  # it is gone on with behind the lines that do not count
+
+
+def test_taking_back_counts_in_any_case_and_is_on_the_disk(path, monkeypatch):
+    written(path, ("a", 5, "d"))
+    assert hasty(path, ("a", 0), ("a", 4), found=read_journal(path)) == [1, 0]
+    monkeypatch.setattr(journal_module, "boot_id", lambda: "another")
+    assert read_journal(path).entries == {"a": Entry(0)}
+
+
+def test_the_start_of_the_machine_has_a_name():
+    boot = journal_module.boot_id()
+    assert len(boot) >= 32
+    assert (journal_module.boot_id() == boot) == Path("/proc/sys/kernel/random/boot_id").exists()
+
+
+def test_where_the_system_does_not_name_it_nothing_is_trusted(path, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda *args, **how: (_ for _ in ()).throw(FileNotFoundError()))
+    assert journal_module.boot_id() != journal_module.boot_id()
+    hasty(path, ("a", 9))
+    assert read_journal(path).entries == {}
+
+
+def test_lines_of_several_threads_stay_whole(path):
+    journal = Journal(path, MINE, NOTHING, durable=False)
+    together([lambda check, name=name: [journal.record(name, size, "d" * 64) for size in range(1, 200)] for name in "abcd"], 4)
+    journal.close()
+    assert read_journal(path).entries == {name: Entry(199, "d" * 64) for name in "abcd"}
+    assert len(path.read_text().splitlines()) == 1 + 4 * 199
+
+
 # Going on in a file
+
+
+def test_a_file_that_is_not_waited_for(content, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: pytest.fail("waited for the disk"))
+    with continued_file(content / "deep" / "weights", Path("shown"), 6, durable=False) as target:
+        os.pwrite(target, b"TA", 6)
+    assert (content / "deep" / "weights").read_bytes() == b"HEADdaTA"
 
 
 def test_a_file_goes_on_behind_what_is_kept(content, monkeypatch):

@@ -668,10 +668,10 @@ def test_a_source_that_vanishes_and_comes_back(plan, source, tmp_path, monkeypat
     path = source / "model-00002-of-00002.safetensors"
     real = writer.new_file
 
-    def new_file(target, shown):
+    def new_file(target, shown, durable):
         if target.name == "model-00001-of-00003.safetensors":
             path.rename(tmp_path / "away")
-        return real(target, shown)
+        return real(target, shown, durable)
 
     monkeypatch.setattr(writer, "new_file", new_file)
     with pytest.raises(executor.CheckpointError) as caught:

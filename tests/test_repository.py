@@ -46,7 +46,7 @@ HEAVY = ("accelerate", "datasets", "numpy", "pandas", "pyarrow", "torch", "trans
 # The order of the modules: each imports only from lines above its own.
 LEVELS: tuple[tuple[str, ...], ...] = (
     (
-        "axes", "caches", "canvas", "chattemplates", "errors", "exceptions", "implied", "jsontext", "record", "sharing", "sizes",
+        "axes", "caches", "canvas", "chattemplates", "errors", "exceptions", "hands", "implied", "jsontext", "record", "sharing", "sizes",
         "towers", "version",
     ),
     ("declarations", "hubfaults", "smallfile"),
@@ -78,7 +78,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("arithmetic", "report", "staging"),
     ("analysis",),
     ("disclosure", "display", "journal"),
-    ("cardmetadata", "origins", "writer"),
+    ("cardmetadata", "origins", "vetting", "writer"),
     ("card", "contents", "executor"),
     ("short_transformers.dist", "short_transformers.utils", "verify"),
     ("push", "short_transformers.measuring"),
