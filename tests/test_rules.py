@@ -94,6 +94,8 @@ def test_values_follow_an_order(rule: Rule, value: Any, order: list[int], after:
     [
         (LIST, ["a", "b", "c"]),
         (LIST, "abcd"),
+        (LIST, list("abcde")),
+        (LETTERS, "abcde"),
         (LIST, 4),
         (LIST, None),
         (INDICES, [0, 4]),

@@ -122,7 +122,13 @@ def test_the_rule_of_a_value(tmp_path: Path, key: str, value: Any, rule: Rule | 
 
 @pytest.mark.parametrize(
     ("value", "entries"),
-    [([0, 3], [True, False, False, True]), ([0, 9], [True, False, False, False]), ([4], [False] * 4), ([], [False] * 4)],
+    [
+        ([0, 3], [True, False, False, True]),
+        ([0, 9], [True, False, False, False]),
+        ([3, 9], [False, False, False, True]),
+        ([4], [False] * 4),
+        ([], [False] * 4),
+    ],
 )
 def test_an_index_beyond_the_depth_names_no_layer(tmp_path: Path, value: list[int], entries: list[bool]) -> None:
     found = view(
