@@ -284,6 +284,7 @@ def saved(folder: Path, kind: str, config: dict[str, Any]) -> Any:
     return loaded.model
 
 
+@pytest.mark.usefixtures("quietly")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("kind", "config", "gone", "after"),
@@ -428,6 +429,7 @@ def test_the_cut_is_refused_with_its_reason(kind: str, config: dict[str, Any], g
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("quietly")
 @pytest.mark.filterwarnings("ignore")
 def test_a_producer_that_goes_all_the_same_is_said_to(tmp_path: Path) -> None:
     """Whoever allows it gets a model that loads, computes something else, and says so in its report."""
