@@ -391,6 +391,37 @@ def test_the_cut_computes_what_its_layers_did(
         assert oracle.generated(loaded.model, True).ids == oracle.generated(loaded.model, False).ids
 
 
+@pytest.mark.usefixtures("quietly")
+@pytest.mark.filterwarnings("ignore")
+def test_deepseek_without_its_prediction_layer(tmp_path: Path) -> None:
+    """Six layers in the file and five in the config: the sixth predicts further tokens, and does not move up."""
+    import oracle
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    experts = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+    source = saved(tmp_path / "m", "deepseek_v3", {**MLA, **experts, "num_hidden_layers": 5, "first_k_dense_replace": 2})
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    names = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
+    save_file(
+        tensors | {f"model.layers.5.{name}": torch.ones(32) for name in names}, tmp_path / "m" / "model.safetensors", {"format": "pt"}
+    )
+    said = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**said, "num_nextn_predict_layers": 1}), encoding="utf-8")
+    after = cut(tmp_path / "m", tmp_path / "out", 1)
+    assert {key: value for key, value in after.items() if said.get(key) != value} == {
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+    }
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if ".layers.4." in name or ".layers.5." in name]
+    loaded = oracle.load(tmp_path / "out")
+    assert loaded.problems == ()
+    (lists,) = oracle.stacks(source, 5).values()
+    with oracle.skipped(source, lists, [1]):
+        assert oracle.difference(oracle.logits(loaded.model), oracle.logits(source)) < 2e-4
+
+
 @pytest.mark.parametrize(
     ("kind", "config", "gone", "message"),
     [
