@@ -62,6 +62,7 @@ def test_signs(text: str, shown: str) -> None:
         ("keeep", ["prune", "keep"], "did you mean 'keep'?"),
         ("xyz", ["prune", "keep"], None),
         ("prune", [], None),
+        ("pixels", ["prune", "keep"], None),
         ("model", iter(["models", "mode"]), "did you mean 'models'?"),
     ],
 )

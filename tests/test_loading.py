@@ -61,6 +61,7 @@ class Nested(nn.Module):
         ({"language_model__layers": 4, "vision_tower__layers": 4}, "model.vision_tower.layers.", "vision_tower.layers"),
         ({"encoder__layers": 4, "decoder__layers": 4}, "decoder.layers.", "decoder.layers"),
         ({"deep__inner__layers": 4, "layers": 4}, None, "layers"),
+        ({"right__other__layers": 4, "wrong__core__layers": 4}, "right.core.layers.", "wrong.core.layers"),  # the common end decides
     ],
 )
 def test_the_layers_of_a_model(lists: dict[str, int], prefix: str | None, name: str) -> None:
