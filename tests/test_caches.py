@@ -93,6 +93,6 @@ def test_the_folders_are_those_that_are_documented(tmp_path: Path, monkeypatch: 
     gguf.convert(tmp_path / "x.gguf", cache_folder())
     kept = sorted({path.name for path in [*cache_folder().iterdir(), *made]})
     text = (Path(__file__).parent.parent / "docs" / "hub.md").read_text(encoding="utf-8")
-    table = text.partition("## Caches")[2].partition("```")[0]
+    table = text.partition("## Caches")[2].partition("\n## ")[0]
     assert sorted(re.findall(r"`([a-z]+)/`", table)) == kept == ["gguf", "hub", "measurements", "pickled"]
     assert "beyond 256 MiB" in table and measurements.MAX_BYTES == 256 << 20
