@@ -86,6 +86,13 @@ memory = click.option(
 )
 
 
+def measures(command: Any) -> Any:
+    """The options of every command that may have to measure."""
+    for option in (quiet, offline, as_json, no_cache, memory, overrides):  # click lists the last one first
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="layercut")
 def cli() -> None:
@@ -100,12 +107,7 @@ def cli() -> None:
 @click.option(
     "--no-fsync", "durable", flag_value=False, default=True, help="Do not wait for the disk: faster, and a power cut may spoil the output."
 )
-@overrides
-@memory
-@no_cache
-@as_json
-@offline
-@quiet
+@measures
 def run(recipe: str, out: str | None, overrides: Sequence[str], as_json: bool, quiet: bool, **choices: Any) -> None:
     """Plan, write, check, evaluate and upload, as the recipe says."""
     loaded = api.load(recipe, overrides)
@@ -120,12 +122,7 @@ def run(recipe: str, out: str | None, overrides: Sequence[str], as_json: bool, q
 @cli.command()
 @click.argument("recipe")
 @click.option("-o", "--output", metavar="FILE", help="Write the plan as JSON; `layercut run FILE` does exactly what it says.")
-@overrides
-@memory
-@no_cache
-@as_json
-@offline
-@quiet
+@measures
 def plan(recipe: str, output: str | None, overrides: Sequence[str], memory: int | None, as_json: bool, quiet: bool) -> None:
     """Decide everything, write no model."""
     with joined() as ranks:
@@ -169,12 +166,7 @@ def _metric(text: str) -> Metric:
 @click.option("--column", help="Column of the text in .jsonl, .csv and .parquet.")
 @click.option("--samples", type=click.IntRange(min=1), help="Token sequences at most, instead of the recipe's number or 128.")
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a sequence at most, instead of the recipe's number or 512.")
-@overrides
-@memory
-@no_cache
-@as_json
-@offline
-@quiet
+@measures
 def analyze(
     target: str,
     output: str | None,

@@ -9,15 +9,16 @@ from layercut.copying import Range, SourceFiles
 from layercut.plan import Gather, Strip
 
 PIECE = 1 << 22
-"""Bytes that are gathered at once; whole rows of the source are read for them where rows are short."""
+"""Bytes that are gathered at once, or read at once where rows are so short that all between the strips is read too."""
 FEW = 8
 """Rows that are read strip by strip."""
 
 
 def gathered_pieces(gather: Gather, size: int, folders: Mapping[str, Path], opened: SourceFiles) -> Iterator[bytearray]:
     """The `size` bytes from `gather.at` on. Raises CheckpointError when a source cannot be read."""
-    for first in range(gather.at, gather.at + size, PIECE):
-        last = min(first + PIECE, gather.at + size)
+    step = min(PIECE, max(FEW, PIECE // max(1, *(strip.stride for strip in gather.strips))) * gather.width)
+    for first in range(gather.at, gather.at + size, step):
+        last = min(first + step, gather.at + size)
         rows = range(first // gather.width, (last - 1) // gather.width + 1)
         whole = _strip_by_strip if len(rows) <= FEW else _row_by_row
         yield whole(gather, first, last, folders, opened)

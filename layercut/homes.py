@@ -44,8 +44,8 @@ class Home(NamedTuple):
 
 def homes(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
     """What changes, by the position in the new stack. Raises RefusedError when weights that are shared would serve other layers."""
-    first = members[order[0].model]
-    found = {**_shared(members, order), **_last(first, order)}
+    used = {layer.model: members[layer.model] for layer in order}
+    found = {**_shared(used, order), **_last(used, order)}
     return {at: home for at, home in found.items() if home != Home()}
 
 
@@ -78,9 +78,8 @@ def _shared(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[in
     sharing = {alias: (kept, users) for alias, (kept, users) in keepers.items() if 0 < len(kept) < len(users)}
     if not sharing:
         return {}
-    used = {layer.model for layer in order}
     alias = next(iter(sharing))
-    if len(used) > 1:
+    if len(members) > 1:
         raise RefusedError(f"layers of '{alias}' share weights that one of them keeps: they cannot be mixed with those of other models")
     kept, users = sharing[alias]
     holders = sorted(kept)
@@ -115,16 +114,18 @@ def _block(tensors: Mapping[str, Tensor], seats: Sequence[tuple[int, int]], seat
     return tuple(added)
 
 
-def _last(member: Member, order: Sequence[LayerRef]) -> dict[int, Home]:
+def _last(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
     """Zeros for a new last layer whose class wants a tensor that only the old one had."""
-    kind = config_node(member.checkpoint.config, member.stack.node).get("model_type")
+    first = members[order[0].model]
+    kind = config_node(first.checkpoint.config, first.stack.node).get("model_type")
     rest = LAST.get(kind) if isinstance(kind, str) else None
-    names = {member.stack.place(name): tensor for name, tensor in member.checkpoint.tensors.items()} if rest else {}
-    tensor = next((tensor for place, tensor in names.items() if place is not None and place.rest == rest), None)
-    last = member.stack.depth - 1
-    if rest is None or tensor is None:
+    if rest is None:
         return {}
-    found = {at: Home(frozenset((rest,))) for at, layer in enumerate(order[:-1]) if layer.index == last}
-    if order[-1].index != last:
+    ends = {alias: member.stack.depth - 1 for alias, member in members.items()}
+    found = {at: Home(frozenset((rest,))) for at, layer in enumerate(order[:-1]) if layer.index == ends[layer.model]}
+    model, index = order[-1].model, order[-1].index
+    checkpoint, stack = members[model]
+    tensor = checkpoint.tensors.get(f"{stack.prefix}{ends[model]}.{rest}")
+    if tensor is not None and index != ends[model]:
         found[len(order) - 1] = Home(added=(Added(rest, tensor, zero=True),))
     return found

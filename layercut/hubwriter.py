@@ -64,6 +64,8 @@ class HubWriter:
 
         self.upload, self.repo, self.branch = upload, upload.repo, upload.target
         self._progress, self._token = progress, get_token()
+        self._seen = False
+        """Whether the repository was there already."""
         self._api = HfApi(token=self._token)
 
     # Before anything is done
@@ -82,6 +84,7 @@ class HubWriter:
         if "/" not in self.repo:
             self.repo = f"{user}/{self.repo}"
         info = self._info()
+        self._seen = info is not None
         if info is None:
             self._check_namespace(me, access)
         else:
@@ -171,6 +174,7 @@ class HubWriter:
     def create(self) -> None:
         """Make the repository, which is then empty; one that is there by now is no error."""
         self.ask(lambda: self._api.create_repo(self.repo, private=self.upload.private, exist_ok=True))
+        self._seen = True
 
     def create_branch(self) -> None:
         """Make the branch, which begins as a copy of main."""
@@ -255,6 +259,8 @@ class HubWriter:
         return self._error(f"the upload failed: {line}", AGAIN, _PassingError if passing else UploadError)
 
     def _refused(self, error: Any) -> UploadError:
+        from huggingface_hub.errors import RepositoryNotFoundError
+
         status = error.response.status_code
         said = " ".join((getattr(error, "server_message", None) or "").split())[:200]
         said = f" ({said})" if said else ""
@@ -262,6 +268,13 @@ class HubWriter:
             return self._error("the Hub does not accept the token (401)", f"log in again with: hf auth login, or set HF_TOKEN: {TOKENS}")
         if status == 403:
             return self._error(f"the token may not do this (403){said}", f"use one that may write to {self.repo}: {TOKENS}")
+        if status == 404 and not self._seen:
+            owner = self.repo.partition("/")[0]
+            return self._error(
+                f"the Hub knows no user or organisation {owner} (404){said}", "check the name, or make the organisation first"
+            )
+        if status == 404 and isinstance(error, RepositoryNotFoundError):
+            return self._error("was deleted since it was checked (404), or hidden", f"see {self._api.endpoint}/{self.repo}; {AGAIN}")
         if status == 404:
             return self._error("no such repository or branch (404), or a private one", "check the name, and the user: hf auth whoami")
         if status in (409, 412):

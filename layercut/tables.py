@@ -88,8 +88,10 @@ def _strip(layer: LayerRef, tensor: Tensor, axis: int, member: Member) -> Strip:
     depth = member.stack.depth
     if mine is None or mine.dtype != tensor.dtype or _without(mine.shape, axis) != _without(tensor.shape, axis):
         raise RefusedError(f"'{layer.model}' has no such table of one part a layer", where=tensor.name)
-    item = ITEM_BITS[mine.dtype] // 8
-    stride = prod(mine.shape[axis:]) * item
+    bits = prod(mine.shape[axis:]) * ITEM_BITS[mine.dtype]
+    if bits % (8 * depth):
+        raise RefusedError(f"parts of {bits // depth} bits, which are no whole bytes, cannot be moved", where=tensor.name)
+    stride = bits // 8
     width = stride // depth
     return Strip(model=layer.model, file=mine.file, begin=mine.begin + layer.index * width, stride=stride, width=width)
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from math import lcm
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -163,7 +164,7 @@ def pieces(steps: Iterable[Step], offset: int, resume: int) -> Iterator[Piece]:
     """
     for step in steps:
         size = step.nbytes if isinstance(step, TensorMade) else step.end - step.begin
-        width = ITEM_BITS[step.dtype] // 8 if isinstance(step, TensorMade) else 1
+        width = _least(step.dtype) if isinstance(step, TensorMade) else 1
         done = min(size, max(0, resume - offset))
         done -= done % width
         while done < size:
@@ -174,14 +175,18 @@ def pieces(steps: Iterable[Step], offset: int, resume: int) -> Iterator[Piece]:
         offset += size
 
 
+def _least(dtype: str) -> int:
+    """Bytes that hold whole elements: of one element, or of several where one is no whole byte."""
+    return lcm(8, ITEM_BITS[dtype]) // 8
+
+
 def _cut(step: Step, first: int, last: int) -> Step:
     """The bytes `first` to `last` of a step, as a step of its own. Arithmetic is elementwise, so this gives the same bytes."""
     if isinstance(step, Range):
         return step._replace(begin=step.begin + first, end=step.begin + last)
     if (first, last) == (0, step.nbytes):
         return step
-    width = ITEM_BITS[step.dtype] // 8
-    begin, end = first // width, last // width
+    begin, end = 8 * first // ITEM_BITS[step.dtype], 8 * last // ITEM_BITS[step.dtype]
     if step.gather is not None:
         at = step.gather.at + begin * ITEM_BITS[step.gather.dtype] // 8
         return step.model_copy(update={"shape": (end - begin,), "gather": step.gather.model_copy(update={"at": at})})

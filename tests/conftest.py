@@ -38,6 +38,21 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def quietly() -> Iterator[None]:
+    """transformers says nothing, and torch leaves the other processors to others."""
+    import torch
+    from transformers.utils import logging
+
+    verbosity, threads = logging.get_verbosity(), torch.get_num_threads()
+    logging.set_verbosity(50)
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
+
+
 def write_safetensors(path: Path, tensors: Spec, metadata: dict[str, str] | None = None) -> None:
     """Write one safetensors file with nothing but struct and json."""
     header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}

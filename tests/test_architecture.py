@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from conftest import write_checkpoint
 
-from layercut.architecture import DepthKey, LayerStack, Place, config_node, depth_keys, find_stack, numbered_prefixes
+from layercut.architecture import find_stack
 from layercut.checkpoint import Checkpoint, open_checkpoint
 from layercut.errors import CheckpointError
 
@@ -157,62 +157,6 @@ def test_strange_numbers_are_no_layers(tmp_path: Path, name: str) -> None:
     stack = find_stack(checkpoint(tmp_path / "m", {"num_hidden_layers": 4}, *LLAMA, f"{name}.weight"))
     assert (stack.prefix, stack.depth) == ("model.layers.", 4)
     assert stack.place(f"{name}.weight") is None
-
-
-def test_numbered_prefixes() -> None:
-    names = expand(["a.{2}.b.{3}.w", "a.{2}.c", "x.{3}.w", "y.1.w", "z.0.w", "z.2.w", "plain", "q.{2}"])
-    assert numbered_prefixes(names) == {"a.": 2, "x.": 3}
-    assert numbered_prefixes([]) == {}
-    assert numbered_prefixes(["0.weight", "1.weight"]) == {"": 2}
-
-
-def test_a_broken_outer_list_does_not_hide_the_list_inside() -> None:
-    assert numbered_prefixes(expand(["a.1.b.{2}.w"])) == {"a.1.b.": 2}
-
-
-STACK = LayerStack("model.layers.", 4, DepthKey((), "num_hidden_layers", 4))
-
-
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("model.layers.3.mlp.experts.2.w1.weight", Place("model.layers.", 3, "mlp.experts.2.w1.weight")),
-        ("model.layers.12.w", Place("model.layers.", 12, "w")),
-        ("model.layers.3.a\nb", Place("model.layers.", 3, "a\nb")),
-        ("model.layers.3", None),
-        ("model.layers.3.", None),
-        ("model.layers.x.w", None),
-        ("model_layers.3.w", None),
-        ("modelXlayers.3.w", None),
-        ("xmodel.layers.3.w", None),
-        ("language_model.model.layers.3.w", None),
-        ("model.norm.weight", None),
-    ],
-)
-def test_places(name: str, place: Place | None) -> None:
-    assert STACK.place(name) == place
-    if place is not None:
-        assert STACK.rename(place, place.layer) == name
-        assert STACK.rename(place, 7) == f"model.layers.7.{place.rest}"
-
-
-def test_depth_keys_look_into_nested_configs() -> None:
-    config = {
-        "num_hidden_layers": 4, "n_layer": 0, "layers": [1], "other": {"num_layers": 9}, "a.b_config": {"n_layers": 9},
-        "text_config": {"num_hidden_layers": 6, "deep_config": {"n_layers": 2}}, "decoder": {"num_layers": 3}, "num_blocks": False,
-    }  # fmt: skip
-    found = list(depth_keys(config))
-    assert found == [
-        DepthKey((), "num_hidden_layers", 4),
-        DepthKey(("text_config",), "num_hidden_layers", 6),
-        DepthKey(("text_config", "deep_config"), "n_layers", 2),
-        DepthKey(("decoder",), "num_layers", 3),
-    ]
-    assert [str(key) for key in found] == [
-        "num_hidden_layers", "text_config.num_hidden_layers", "text_config.deep_config.n_layers", "decoder.num_layers",
-    ]  # fmt: skip
-    assert config_node(config, ("text_config", "deep_config")) == {"n_layers": 2}
-    assert config_node(config, ()) is config
 
 
 @pytest.mark.parametrize(("kind", "prefix", "key"), [

@@ -67,3 +67,32 @@ def test_offline(fresh: pytest.MonkeyPatch, name: str, value: str, offline: bool
 def test_offline_when_the_client_was_imported(fresh: pytest.MonkeyPatch) -> None:
     fresh.setitem(sys.modules, "huggingface_hub.constants", SimpleNamespace(HF_HUB_OFFLINE=True))  # type: ignore[arg-type]
     assert is_offline()
+
+
+def test_the_folders_are_those_that_are_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every folder that something is kept in is in the table, with what goes by itself; and the numbers are those of the code."""
+    import re
+
+    import torch
+
+    from layercut import gguf, measurements, mirror
+    from layercut.pickled import open_pickled
+    from layercut.plan import Measurement
+
+    monkeypatch.setenv("LAYERCUT_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "config.json").write_text('{"num_hidden_layers": 1}', encoding="utf-8")
+    torch.save({"model.layers.0.w": torch.zeros(2)}, source / "pytorch_model.bin")
+    open_pickled(source, cache_folder(), reference="model", revision=None)
+    measurements.Measurements(cache_folder()).keep("key", Measurement(tables=(), samples=1, tokens=1, details={}))
+    mirror.Mirror("org/name", "a" * 40).keep_listing({})
+    made: list[Path] = []
+    monkeypatch.setattr(gguf, "converted", lambda root, *_: made.append(root) or root)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    gguf.convert(tmp_path / "x.gguf", cache_folder())
+    kept = sorted({path.name for path in [*cache_folder().iterdir(), *made]})
+    text = (Path(__file__).parent.parent / "docs" / "hub.md").read_text(encoding="utf-8")
+    table = text.partition("## Caches")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"`([a-z]+)/`", table)) == kept == ["gguf", "hub", "measurements", "pickled"]
+    assert "beyond 256 MiB" in table and measurements.MAX_BYTES == 256 << 20

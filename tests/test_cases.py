@@ -144,3 +144,339 @@ def test_whisper_heads_follow_in_the_other_file(tmp_path: Path) -> None:
     cut(source, tmp_path / "out", 1)
     after = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
     assert after == {"alignment_heads": [[0, 5], [1, 4]], "max_length": 448}
+
+
+@pytest.mark.parametrize(
+    ("config", "prefixes", "gone", "after"),
+    [
+        pytest.param(
+            {
+                "model_type": "mllama",
+                "text_config": {"model_type": "mllama_text_model", "num_hidden_layers": 8, "cross_attention_layers": [3]},
+                "vision_config": {
+                    "model_type": "mllama_vision_model",
+                    "num_hidden_layers": 3,
+                    "supported_aspect_ratios": [[1, n] for n in range(8)],
+                },
+            },
+            ["language_model.model.layers.:8"],
+            [1],
+            {"text_config.num_hidden_layers": 7, "text_config.cross_attention_layers": [2]},
+            id="20 mllama",
+        ),
+        pytest.param({"model_type": "gpt2", "n_layer": 2}, ["h.:2"], [0], {"n_layer": 1}, id="22 gpt2, saved by its base class"),
+        pytest.param(
+            {
+                "model_type": "gemma3",
+                "vision_config": {"num_hidden_layers": 4, "layer_types": ["x"] * 4},
+                "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 4, "layer_types": list("abcd")},
+            },
+            ["language_model.model.layers.:4", "vision_tower.vision_model.encoder.layers.:4"],
+            [1],
+            {"text_config.num_hidden_layers": 3, "text_config.layer_types": list("acd")},
+            id="23 gemma3: both towers are as deep",
+        ),
+        pytest.param(
+            {
+                "model_type": "kimi_linear",
+                "num_hidden_layers": 6,
+                "first_k_dense_replace": 1,
+                "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+                "linear_attn_config": {"full_attn_layers": [3, 6], "kda_layers": [1, 2, 4, 5]},
+            },
+            ["model.layers.:6"],
+            [2],
+            {
+                "num_hidden_layers": 5,
+                "linear_attn_config.full_attn_layers": [5],
+                "linear_attn_config.kda_layers": [1, 2, 3, 4],
+                "mlp_layer_types": ["dense"] + ["sparse"] * 4,
+            },
+            id="14 kimi_linear: numbers from 1",
+        ),
+        pytest.param(
+            {"model_type": "nemotron_h", "hybrid_override_pattern": "ME*-M*"},
+            ["backbone.layers.:6"],
+            [3],
+            {"hybrid_override_pattern": "ME*M*"},
+            id="7 nemotron_h: letters are the depth",
+        ),
+        pytest.param(
+            {"model_type": "modernbert-decoder", "num_hidden_layers": 8},
+            ["model.layers.:8"],
+            [1, 2, 3],
+            {"num_hidden_layers": 5},
+            id="18 modernbert-decoder: a block behind the first layer",
+        ),
+    ],
+)
+def test_only_these_values_change(
+    config: dict[str, Any], prefixes: list[str], gone: list[int], after: dict[str, Any], tmp_path: Path
+) -> None:
+    found = cut(model(tmp_path / "m", config, *prefixes), tmp_path / "out", *gone)
+    expected = json.loads(json.dumps(config))
+    for key, value in after.items():
+        *node, last = key.split(".")
+        holder = expected
+        for part in node:
+            holder = holder[part]
+        holder[last] = value
+    assert found == expected
+    name, _, depth = prefixes[0].partition(":")
+    kept = [at for at in range(int(depth)) if at not in gone]
+    layers = {f"{name}{at}.w": index for at, index in enumerate(kept)}
+    others = {f"{name}{at}.w": at for name, _, count in (p.partition(":") for p in prefixes[1:]) for at in range(int(count))}
+    assert written(tmp_path / "out") == {**layers, **others}
+
+
+# Saved by transformers, cut on the disk, loaded again: the same logits as with the layers skipped in memory
+
+
+S, F, L = "sliding_attention", "full_attention", "linear_attention"
+BASE = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 160, "head_dim": 8,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+MLA = {
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16,
+}  # fmt: skip
+QWEN3 = {"num_hidden_layers": 6, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3, "layer_types": [S, F] * 3}
+GEMMA = {
+    "num_hidden_layers": 12, "num_kv_shared_layers": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 160,
+    "sliding_window": 4,
+}  # fmt: skip
+GEMMA3N = {
+    **GEMMA, "intermediate_size": 48, "activation_sparsity_pattern": [0.9, 0.0, 0.9] + [0.0] * 9, "laurel_rank": 4, "altup_num_inputs": 2,
+    "layer_types": [S, S, S, S, F] * 2 + [S, S],
+}  # fmt: skip
+GEMMA4 = {**GEMMA, "global_head_dim": 16, "layer_types": [S, S, S, S, S, F] * 2}
+JAMBA = {
+    "num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1,
+    "num_experts": 4, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+}  # fmt: skip
+ZAMBA = {
+    "num_hidden_layers": 8, "layers_block_type": [L, L, "hybrid", L, L, "hybrid", L, "hybrid"], "attention_hidden_size": 64,
+    "attention_head_dim": 16, "mamba_dt_rank": 4, "mamba_d_state": 8, "num_key_value_heads": 4, "use_mamba_kernels": False,
+}  # fmt: skip
+NEMOTRON = {
+    "layers_block_type": [L, "moe", F, "mlp", L, F], "n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
+    "chunk_size": 8,
+}  # fmt: skip
+PRODUCERS = "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"
+ELSE = "so this stack would load but compute something else; to write it all the same, say 'allow: inexact' in the recipe"
+
+
+def saved(folder: Path, kind: str, config: dict[str, Any]) -> Any:
+    """A tiny random model, saved, and as transformers loads it again."""
+    import oracle
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        made = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[kind](**{**BASE, **config})).float()
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    made.save_pretrained(folder)
+    loaded = oracle.load(folder)
+    assert not loaded.problems
+    return loaded.model
+
+
+@pytest.mark.usefixtures("quietly")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "config", "gone", "after"),
+    [
+        ("qwen3", QWEN3, [0], {"num_hidden_layers": 5, "max_window_layers": 2, "layer_types": [F, S, F, S, F]}),
+        (
+            "hunyuan_v1_moe",
+            {"num_hidden_layers": 6, "num_experts": 4, "moe_topk": [2, 1, 2, 1, 2, 1]},
+            [2],
+            {"num_hidden_layers": 5, "moe_topk": [2, 1, 1, 2, 1]},
+        ),
+        (
+            "deepseek_v3",
+            {
+                **MLA,
+                "num_hidden_layers": 5,
+                "first_k_dense_replace": 2,
+                "n_routed_experts": 8,
+                "n_group": 2,
+                "topk_group": 1,
+                "num_experts_per_tok": 2,
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+            },
+            [1],
+            {"num_hidden_layers": 4, "first_k_dense_replace": 1},
+        ),
+        ("jamba", JAMBA, [0, 1, 2, 3], {"num_hidden_layers": 4}),
+        ("jamba", JAMBA, [0, 1], {"num_hidden_layers": 6, "attn_layer_offset": 0}),
+        # gemma 4: 8 to 10 read the keys and values of layer 7, and 11 those of layer 5; the last layer must be one of full attention
+        ("gemma4_text", GEMMA4, [1], {"num_hidden_layers": 11, "layer_types": [S] * 4 + [F] + [S] * 5 + [F]}),
+        ("gemma4_text", GEMMA4, [9], {"num_hidden_layers": 11, "num_kv_shared_layers": 3, "layer_types": [S] * 5 + [F] + [S] * 4 + [F]}),
+        (
+            "gemma4_text",
+            GEMMA4,
+            [8, 10],
+            {"num_hidden_layers": 10, "num_kv_shared_layers": 2, "layer_types": [S] * 5 + [F] + [S] * 3 + [F]},
+        ),
+        (  # a producer may go with all that read it
+            "gemma4_text",
+            GEMMA4,
+            [7, 8, 9, 10],
+            {"num_hidden_layers": 8, "num_kv_shared_layers": 1, "layer_types": [S] * 5 + [F, S, F]},
+        ),
+        # gemma 3n: 8, 10 and 11 read layer 7, and 9 reads layer 4
+        ("gemma3n_text", GEMMA3N, [1], {"num_hidden_layers": 11, "layer_types": [S, S, S, F, S, S, S, S, F, S, S]}),
+        ("gemma3n_text", GEMMA3N, [10], {"num_hidden_layers": 11, "num_kv_shared_layers": 3, "layer_types": [S, S, S, S, F] * 2 + [S]}),
+        (
+            "gemma3n_text",
+            GEMMA3N,
+            [8, 9, 10, 11],
+            {"num_hidden_layers": 8, "num_kv_shared_layers": 0, "layer_types": [S] * 4 + [F] + [S] * 3},
+        ),
+        ("gemma3n_text", GEMMA3N, [4, 9], {"num_hidden_layers": 10, "num_kv_shared_layers": 3, "layer_types": [S] * 10}),
+        ("zamba", ZAMBA, [2], {"num_hidden_layers": 7, "layers_block_type": [L, L, L, L, "hybrid", L, "hybrid"]}),
+        ("nemotron_h", NEMOTRON, [3], {"layers_block_type": [L, "moe", F, L, F]}),
+        (
+            "llama4_text",
+            {
+                "num_hidden_layers": 8,
+                "interleave_moe_layer_step": 2,
+                "num_local_experts": 4,
+                "attention_chunk_size": 4,
+                "intermediate_size_mlp": 64,
+            },
+            [2],
+            {"num_hidden_layers": 7, "moe_layers": [1, 2, 4, 6], "no_rope_layers": [1, 1, 0, 1, 1, 1, 0]},
+        ),
+        (
+            "qwen3_moe",
+            {"num_hidden_layers": 6, "mlp_only_layers": [1, 4], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+            [0],
+            {"num_hidden_layers": 5, "mlp_only_layers": [0, 3]},
+        ),
+        ("diffllama", {"num_hidden_layers": 4}, [3], {"num_hidden_layers": 3}),
+        ("modernbert-decoder", {"num_hidden_layers": 8, "local_attention": 4}, [2, 3, 4], {"num_hidden_layers": 5}),
+    ],
+)
+def test_the_cut_computes_what_its_layers_did(
+    kind: str, config: dict[str, Any], gone: list[int], after: dict[str, Any], tmp_path: Path
+) -> None:
+    import oracle
+
+    source = saved(tmp_path / "m", kind, config)
+    before = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
+    found = cut(tmp_path / "m", tmp_path / "out", *gone)
+    assert {key: found.get(key) for key in after} == after
+    kept = [index for index in range(before.get("num_hidden_layers", len(NEMOTRON["layers_block_type"]))) if index not in gone]
+    if "per_layer_config" in before:
+        old, width = before["per_layer_config"], len(next(iter(before["per_layer_config"])))
+        new = {str(at).zfill(width): old[key] for at, index in enumerate(kept) if (key := str(index).zfill(width)) in old}
+        assert found["per_layer_config"] == new
+    assert set(found) == set(before) | set(after) - {"num_hidden_layers"}, "no key comes or goes but those that are written out"
+    loaded = oracle.load(tmp_path / "out")
+    assert loaded.problems == ()
+    for name in (n for n, p in loaded.model.named_parameters() if n.endswith("embed_tokens_per_layer.weight")):
+        assert loaded.model.get_parameter(name).shape[1] == 8 * len(kept)
+    (lists,) = oracle.stacks(source, len(source.config.layer_types) if kind == "nemotron_h" else source.config.num_hidden_layers).values()
+    with oracle.skipped(source, lists, gone):
+        wanted = oracle.logits(source)
+    assert oracle.difference(oracle.logits(source), wanted) > 1e-3, "layers that do nothing prove nothing"
+    assert oracle.difference(oracle.logits(loaded.model), wanted) < 2e-4
+    if kind.startswith("gemma"):
+        assert oracle.generated(loaded.model, True).ids == oracle.generated(loaded.model, False).ids
+
+
+@pytest.mark.usefixtures("quietly")
+@pytest.mark.filterwarnings("ignore")
+def test_deepseek_without_its_prediction_layer(tmp_path: Path) -> None:
+    """Six layers in the file and five in the config: the sixth predicts further tokens, and does not move up."""
+    import oracle
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    experts = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+    source = saved(tmp_path / "m", "deepseek_v3", {**MLA, **experts, "num_hidden_layers": 5, "first_k_dense_replace": 2})
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    names = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
+    save_file(
+        tensors | {f"model.layers.5.{name}": torch.ones(32) for name in names}, tmp_path / "m" / "model.safetensors", {"format": "pt"}
+    )
+    said = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**said, "num_nextn_predict_layers": 1}), encoding="utf-8")
+    after = cut(tmp_path / "m", tmp_path / "out", 1)
+    assert {key: value for key, value in after.items() if said.get(key) != value} == {
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+    }
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if ".layers.4." in name or ".layers.5." in name]
+    loaded = oracle.load(tmp_path / "out")
+    assert loaded.problems == ()
+    (lists,) = oracle.stacks(source, 5).values()
+    with oracle.skipped(source, lists, [1]):
+        assert oracle.difference(oracle.logits(loaded.model), oracle.logits(source)) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "gone", "message"),
+    [
+        ("gemma4_text", GEMMA4, [5], f"model type gemma4_text: {PRODUCERS}, {ELSE}"),
+        ("gemma4_text", GEMMA4, [7], f"model type gemma4_text: {PRODUCERS}, {ELSE}"),
+        ("gemma4_text", GEMMA4, [7, 8, 9], f"model type gemma4_text: {PRODUCERS}, {ELSE}"),
+        (
+            "gemma4_text",
+            GEMMA4,
+            [11],
+            "model type gemma4_text: the class makes the last layer one of full attention, so this stack would not run as it is",
+        ),
+        ("gemma3n_text", GEMMA3N, [4], f"model type gemma3n_text: {PRODUCERS}, {ELSE}"),
+        ("gemma3n_text", GEMMA3N, [7], f"model type gemma3n_text: {PRODUCERS}, {ELSE}"),
+        ("diffllama", {"num_hidden_layers": 4}, [0], f"model type diffllama: lambda_init depends on the layer index, {ELSE}"),
+        (
+            "jamba",
+            JAMBA,
+            [1],
+            "config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers) cannot describe "
+            "the new order of layers; choose layers that keep the pattern",
+        ),
+    ],
+)
+def test_the_cut_is_refused_with_its_reason(kind: str, config: dict[str, Any], gone: list[int], message: str, tmp_path: Path) -> None:
+    import transformers
+
+    depth = config["num_hidden_layers"]
+    made = transformers.CONFIG_MAPPING[kind](**{**BASE, **config})
+    made.save_pretrained(tmp_path / "config")
+    said = json.loads((tmp_path / "config" / "config.json").read_text(encoding="utf-8"))
+    source = model(tmp_path / "m", said, f"model.layers.:{depth}")
+    with pytest.raises(LayercutError) as caught:
+        cut(source, tmp_path / "out", *gone)
+    assert str(caught.value) == message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("quietly")
+@pytest.mark.filterwarnings("ignore")
+def test_a_producer_that_goes_all_the_same_is_said_to(tmp_path: Path) -> None:
+    """Whoever allows it gets a model that loads, computes something else, and says so in its report."""
+    import oracle
+
+    from layercut.report import read_report
+
+    source = saved(tmp_path / "m", "gemma3n_text", GEMMA3N)
+    config = cut(tmp_path / "m", tmp_path / "out", 7, allow="inexact")
+    assert (config["num_hidden_layers"], config["num_kv_shared_layers"]) == (11, 4)
+    assert (
+        f"inexact: model type gemma3n_text: {PRODUCERS}, so this stack would load but compute something else"
+        in read_report(tmp_path / "out").notes
+    )
+    loaded = oracle.load(tmp_path / "out")
+    assert loaded.problems == ()
+    (lists,) = oracle.stacks(source, 12).values()
+    with oracle.skipped(source, lists, [7]):
+        assert oracle.difference(oracle.logits(loaded.model), oracle.logits(source)) > 1e-3

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import sweep
-import torch
 import transformers
 import zoo
 
@@ -25,18 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architectures.md"
 LEAST = 0.9
 """Share of the causal types that is exact at every place; the others are refused at some."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Any:
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity(50)
-    transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    transformers.utils.logging.set_verbosity(verbosity)
+pytestmark = pytest.mark.usefixtures("quietly")
 
 
 def page() -> Any:

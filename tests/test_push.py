@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import byte_tensors, write_checkpoint
@@ -17,6 +18,7 @@ from layercut.api import push_model, run_recipe
 from layercut.card import untouched
 from layercut.cli import main
 from layercut.errors import LayercutError, UploadError
+from layercut.hubwriter import HubWriter
 from layercut.push import Outcome
 from layercut.report import REPORT, file_digest, read_report
 from layercut.stated import CARD
@@ -365,6 +367,50 @@ def test_every_error_is_one_line(hub: Hub, made: Callable[..., Path], match: str
     assert len(commits(hub)) == 2
 
 
+@pytest.mark.parametrize("step", ["head", "store", "commit", "files"])
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_a_repository_that_disappears_meanwhile(
+    hub: Hub, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, step: str, create_pr: bool
+) -> None:
+    """Whatever the next request is, the line is the same, and the next call makes the repository anew."""
+    folder = made()
+    hub.add("me/cut", {})
+    method = getattr(HubWriter, step)
+    gone: list[Any] = []
+
+    def late(self: HubWriter, *arguments: Any) -> Any:
+        if not gone:
+            gone.append(hub.repos.pop("me/cut"))
+        return method(self, *arguments)
+
+    monkeypatch.setattr(HubWriter, step, late)
+    choices = {"create_pr": True} if create_pr else {}
+    assert refused(folder, **choices) == (
+        f"me/cut: was deleted since it was checked (404), or hidden; see {hub.endpoint}/me/cut; run the same command again to go on"
+    )
+    assert gone and "me/cut" not in hub.repos
+    assert push(folder).created and "model.safetensors" in hub.repos["me/cut"].files("main")
+
+
+def test_a_namespace_that_does_not_exist(hub: Hub, made: Callable[..., Path]) -> None:
+    """One that the token is not of is refused before anything is asked for; one that is gone by then, when the repository is made."""
+    folder = made()
+    assert refused(folder, "nobody/cut") == (
+        "nobody/cut: no such repository, and me is not of nobody; "
+        "your token writes to me; check the name, or log in as another user: hf auth login"
+    )
+    hub.users[CANARY] = User("me", organizations=("gone",))
+    hub.fail("status", "POST .*/repos/create", status=404, times=-1)
+    hub.log.clear()
+    assert refused(folder, "gone/cut") == (
+        "gone/cut: the Hub knows no user or organisation gone (404) (injected); check the name, or make the organisation first"
+    )
+    assert sent(hub) == [] and "gone/cut" not in hub.repos
+    assert len([request for request in hub.log if request.path == "/api/repos/create"]) == 1, "it is not asked again"
+    hub.calm()
+    assert push(folder, "gone/cut").created
+
+
 def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: Hub, made: Callable[..., Path]) -> None:
     hub.fail("silent", "POST .*/commit/main", times=1)
     outcome = push(made())
@@ -374,8 +420,6 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: Hub, made: Callab
 
 def test_somebody_who_commits_in_between(hub: Hub, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The commit names its parent, so what came in between is not overwritten unseen."""
-    from layercut.hubwriter import HubWriter
-
     folder, commit = made(), HubWriter.commit
 
     def late(self: HubWriter, *arguments: object) -> object:

@@ -11,7 +11,6 @@ import oracle
 import pytest
 import sweep
 import torch
-import transformers
 import zoo
 from safetensors.torch import save_file
 
@@ -20,15 +19,7 @@ from layercut.recipe import Recipe
 
 KINDS = ("causal:mixtral", "causal:qwen3_moe", "causal:deepseek_v3", "causal:gpt_oss", "image:llava", "image:gemma3", "image:qwen2_5_vl")
 GONE = 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Any:
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity(50)
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.set_verbosity(verbosity)
+pytestmark = pytest.mark.usefixtures("quietly")
 
 
 def cut(folder: Path, out: Path) -> Any:

@@ -17,7 +17,6 @@ from layercut.architecture import Member, find_stack
 from layercut.checkpoint import open_checkpoint
 from layercut.errors import RefusedError
 from layercut.plan import Edit
-from layercut.rules import CYCLE, INDICES, INDICES_FROM_1, KEYED, LETTERS, LIST, PERIOD, PREFIX, RULES, RUNS, SUFFIX, WRITTEN, Rule
 from layercut.stack import LayerRef
 from layercut.surgery import INEXACT, Dependent, Surgery, dependents, operate
 
@@ -326,113 +325,6 @@ def test_spelling_is_kept(tmp_path: Path, name: str, expected: str) -> None:
 def test_a_config_on_one_line(tmp_path: Path) -> None:
     text = '{"a":1e-05,"layer_types":["a","b","c","d"],"num_hidden_layers":4,"b":[9,9]}'
     assert cut(tmp_path / "m", text, 4, [1, 1]).text == '{"a":1e-05,"layer_types":["b", "b"],"num_hidden_layers":2,"b":[9,9]}'
-
-
-@pytest.mark.parametrize(
-    ("rule", "value", "order", "after"),
-    [
-        (LIST, ["a", "b", "c", "d"], [3, 0, 0], ["d", "a", "a"]),
-        (LIST, [[1], [2], [3], [4]], [1, 2], [[2], [3]]),
-        (INDICES, [1, 3], [3, 2, 1], [0, 2]),
-        (INDICES, [], [0, 1], []),
-        (INDICES, [0, 1, 2, 3], [0, 2], [0, 1]),
-        (INDICES, [3], [0, 1], []),
-        (INDICES_FROM_1, [1, 4], [3, 1, 0], [1, 3]),
-        (INDICES_FROM_1, [4], [3, 3], [1, 2]),
-        (PREFIX, 2, [0, 2, 3], 1),
-        (PREFIX, 2, [2, 3], 0),
-        (PREFIX, 0, [3, 1], 0),
-        (PREFIX, 9, [0, 1], 2),
-        (PREFIX, 2, [2, 0], None),
-        (SUFFIX, 2, [0, 1, 3], 1),
-        (SUFFIX, 2, [0, 1], 0),
-        (SUFFIX, 2, [3, 0], None),
-        (PERIOD, 2, [2, 3], 2),
-        (PERIOD, 2, [0, 3], 2),
-        (PERIOD, 2, [1, 2], None),
-        (PERIOD, 1, [3, 0], 1),
-        (PERIOD, 9, [0, 1], 9),
-        (PERIOD, 9, [0, 2], None),
-        (KEYED, {"1": "x", "3": "y"}, [1, 2, 3], {"0": "x", "2": "y"}),
-        (KEYED, {"01": {"a": 1}, "03": {"a": 2}}, [3, 3], {"00": {"a": 2}, "01": {"a": 2}}),
-        (KEYED, {}, [0], {}),
-        (LETTERS, "M-E*", [3, 0, 0], "*MM"),
-    ],
-)
-def test_rules(rule: Rule, value: Any, order: list[int], after: Any) -> None:
-    entries = rule.decode(value, 4)
-    assert entries is not None and len(entries) == 4
-    assert rule.encode([entries[index] for index in order], value) == after
-
-
-@pytest.mark.parametrize(
-    ("rule", "value"),
-    [
-        (LIST, ["a", "b", "c"]),
-        (LIST, "abcd"),
-        (LIST, 4),
-        (LIST, None),
-        (INDICES, [0, 4]),
-        (INDICES, [-1]),
-        (INDICES, ["0"]),
-        (INDICES, 2),
-        (INDICES_FROM_1, [0]),
-        (INDICES_FROM_1, [5]),
-        (PREFIX, None),
-        (PREFIX, "2"),
-        (SUFFIX, [2]),
-        (PERIOD, 0),
-        (PERIOD, -1),
-        (PERIOD, [2]),
-        (KEYED, {"4": 1}),
-        (KEYED, {"x": 1}),
-        (KEYED, {"²": 1}),
-        (KEYED, {"9" * 5000: 1}),
-        (KEYED, [1]),
-        (LETTERS, "abc"),
-        (LETTERS, ["a", "b", "c", "d"]),
-    ],
-)
-def test_values_that_a_rule_does_not_read(rule: Rule, value: Any) -> None:
-    assert rule.decode(value, 4) is None
-
-
-VALUES = {
-    LIST: st.lists(st.sampled_from("abc"), min_size=6, max_size=6),
-    INDICES: st.lists(st.integers(0, 5), unique=True).map(sorted),
-    INDICES_FROM_1: st.lists(st.integers(1, 6), unique=True).map(sorted),
-    PREFIX: st.integers(0, 6),
-    SUFFIX: st.integers(0, 6),
-    PERIOD: st.integers(1, 7),
-    KEYED: st.dictionaries(st.integers(0, 5).map(str), st.integers(), max_size=6),
-    LETTERS: st.text("ME*-", min_size=6, max_size=6),
-    WRITTEN: st.lists(st.integers(0, 5), unique=True).map(lambda found: ",".join(map(str, sorted(found)))),
-    CYCLE: st.one_of(st.lists(st.sampled_from("abc"), min_size=1, max_size=6), st.text("LG", min_size=1, max_size=6)),
-    RUNS: st.sampled_from(
-        [[[["a", "b"], 3]], [[["a", "b", "c"], 2]], [[["a"], 1], [["b"], 1], [["a"], 1], [["b"], 1], [["b"], 1], [["c"], 1]]]
-    ),
-}
-
-
-@pytest.mark.parametrize("rule", list(VALUES), ids=lambda rule: rule.reason)
-@given(data=st.data())
-def test_rules_keep_what_they_say_of_each_layer(rule: Rule, data: st.DataObject) -> None:
-    """What is encoded for a new stack reads back as the entries of its layers; the old stack reads back as it was."""
-    value = data.draw(VALUES[rule])
-    entries = rule.decode(value, 6)
-    assert entries is not None
-    assert rule.encode(entries, value) == value
-    order = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=9))
-    picked = [entries[index] for index in order]
-    after = rule.encode(picked, value)
-    if after is not None:
-        again = rule.decode(after, len(order))
-        assert again is not None and list(again) == picked
-
-
-def test_every_rule_is_used_and_every_key_has_one() -> None:
-    assert {rule for rules in RULES.values() for rule in rules} == set(VALUES)
-    assert all(RULES.values())
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8))

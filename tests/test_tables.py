@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from layercut import run_recipe
 from layercut.errors import RefusedError
+from layercut.header import ITEM_BITS, read_header
 from layercut.recipe import Recipe
 from layercut.verify import verify
 
@@ -100,6 +101,31 @@ def test_a_packed_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"a table with one part a layer is quantised or of another shape: its parts cannot be told"):
         cut(model, tmp_path / "out", [{"prune": {"at": [1]}}])
     assert not (tmp_path / "out").exists()
+
+
+def test_elements_smaller_than_a_byte(tmp_path: Path) -> None:
+    """Two rows of four layers, whose parts are two elements of four bits or eight of six."""
+    for dtype, width in (("F4", 1), ("F6_E2M3", 6)):
+        part = 8 * width // ITEM_BITS[dtype]
+        config = {**CONFIG, "hidden_size_per_layer_input": part}
+        rows = bytes(range(2 * DEPTH * width))
+        packed = {EMBED: (dtype, (2, DEPTH * part), rows), PROJECT: (dtype, (DEPTH * part,), rows[: DEPTH * width])}
+        model = source(tmp_path / dtype, config, **packed)
+        run_recipe(
+            Recipe.model_validate({"model": str(model), "steps": [{"prune": {"at": [1]}}], "output": str(tmp_path / f"{dtype}-out")})
+        )
+        assert verify(tmp_path / f"{dtype}-out", load=False).ok
+        file = tmp_path / f"{dtype}-out" / "model.safetensors"
+        found = {entry.name: file.read_bytes()[entry.begin : entry.end] for entry in read_header(file).tensors}
+        kept = [row * DEPTH * width + layer * width + byte for row in range(2) for layer in (0, 2, 3) for byte in range(width)]
+        assert found[EMBED] == bytes(kept) and found[PROJECT] == bytes(kept[: 3 * width])
+
+
+def test_parts_that_are_no_whole_bytes_are_refused(tmp_path: Path) -> None:
+    model = source(tmp_path / "m", {**CONFIG, "hidden_size_per_layer_input": 1}, **{EMBED: ("F4", (ROWS * 2, DEPTH), bytes(ROWS * DEPTH))})
+    with pytest.raises(RefusedError) as caught:
+        cut(model, tmp_path / "out", [{"prune": {"at": [1]}}])
+    assert str(caught.value) == f"{EMBED}: parts of 4 bits, which are no whole bytes, cannot be moved"
 
 
 def test_a_declared_table_follows_too(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layercut import writer
-from layercut.copying import Range
-from layercut.plan import Part, TensorCopy, TensorMade
+from layercut.arithmetic import made_pieces
+from layercut.copying import Range, SourceFiles
+from layercut.header import ITEM_BITS
+from layercut.plan import Gather, Part, Strip, TensorCopy, TensorMade
 from layercut.writer import MARK, PAUSE, Piece, pieces, steps_of
 
 A, B = Path("a"), Path("b")
@@ -63,6 +66,26 @@ def test_computed_tensors_are_cut_between_elements(monkeypatch):
     ]
     assert list(pieces([whole], 0, 12)) == found[2:]
     assert [piece.offset for piece in pieces([whole], 0, 14)] == [12, 20]  # not in the middle of an element
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("F4", 1), ("F6_E3M2", 3), ("U8", 1), ("BF16", 2), ("C64", 8)])
+@pytest.mark.parametrize("mark", [1, 4, 7, 50])
+def test_gathered_tensors_are_cut_between_whole_bytes_and_elements(monkeypatch, tmp_path, dtype, least, mark):
+    """Also where an element is no whole byte: four of six bits take three."""
+    monkeypatch.setattr(writer, "MARK", mark)
+    data = bytes(range(2 * 4 * 24))
+    (tmp_path / "f").write_bytes(data)
+    strips = tuple(Strip(model="m", file="f", begin=first, stride=96, width=24) for first in (24, 0, 72))
+    elements = 2 * 72 * 8 // ITEM_BITS[dtype]
+    whole = TensorMade(name="t", dtype=dtype, shape=(elements,), parts=(), gather=Gather(dtype=dtype, rows=2, strips=strips))
+    found = list(pieces([whole], 5, 0))
+    assert [piece.offset for piece in found] == [5, *(piece.end for piece in found[:-1])] and found[-1].end == 5 + 144
+    assert all((piece.offset - 5) % least == 0 and piece.step.nbytes == piece.end - piece.offset for piece in found)
+    assert len(found) > 1
+    with ExitStack() as stack:
+        written = b"".join(b"".join(made_pieces(piece.step, {"m": tmp_path}, SourceFiles(stack))) for piece in found)
+    assert written == b"".join(data[row + at : row + at + 24] for row in (0, 96) for at in (24, 0, 72))
+    assert list(pieces([whole], 5, found[1].offset)) == found[1:]
 
 
 def test_neighbours_are_joined_and_computed_tensors_stand_between():
