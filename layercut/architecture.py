@@ -91,7 +91,7 @@ def find_stack(checkpoint: Checkpoint, wanted: str | None = None, declared: Arch
             raise CheckpointError(f"no stack is called '{wanted}'; there are: {listed}", where=place, hint=hint)
     else:
         found = [stack for stack in stacks if stack.name in (TEXT, "encoder", "decoder")]
-    for name in ("decoder", TEXT):
+    for name in (TEXT, "decoder"):
         found = [stack for stack in found if stack.name == name] or found
     if len(found) == 1:
         return found[0]

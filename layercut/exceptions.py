@@ -165,9 +165,7 @@ EXCEPTIONS = (
     ),
     Exceptional(("beam",), _tail, "the residual scale depends on the layer index"),
     Exceptional(("esmc",), _same_depth, "the residual is divided by sqrt(number of layers / 36), and no value of the config says so"),
-    Exceptional(("rwkv",), _first, "the first layer norms the embeddings (pre_ln), and its norm would go to the new first layer"),
     Exceptional(("modernbert", "modernbert-decoder"), _first, "the first layer has no attention norm"),
-    Exceptional(("zaya",), _tail, "router state is passed from layer to layer, and the first layer has no scale of it"),
     Exceptional(
         ("deberta-v2",),
         _first,
@@ -194,7 +192,7 @@ EXCEPTIONS = (
     Exceptional(("olmo_hybrid",), _both_kinds, "the class wants a layer of linear attention and one of full attention", fatal=True),
     Exceptional(("neomme",), _outer_full, "value embeddings feed the first and the last layer of full attention"),
     Exceptional(("qwen4_exp", "qwen4_exp_text"), _ranks, "the rank of a layer in ple_layer_ids shapes its tables", fatal=True),
-    Exceptional(("dory", "hrm_text", "albert", "perceiver", "funnel", "blt"), _never, LOOPED, fatal=True),
+    Exceptional(("albert", "perceiver", "funnel"), _never, LOOPED, fatal=True),
     Exceptional(
         ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
         _never,

@@ -1,7 +1,8 @@
 """Homes: weights that one layer keeps for others, and where they go when the layers move.
 
 T5 keeps its position bias in block 0, RWKV the norm of its embeddings; Zamba keeps the blocks that its hybrid layers share in the first
-of them. A new stack has such weights where its class looks for them, and nowhere else.
+of them. A new stack has such weights where its class looks for them, and nowhere else. The same for weights that a class gives to every
+layer but the first, or to the last one only.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ ADAPTER = re.compile(r"^(.*_adapter_list\.)(\d+)(\..*)$")
 HYBRID = ("hybrid", "g")
 # A tensor that only the last layer has, by model type. A new last layer gets one of zeros.
 LAST = {"gpt_neox_japanese": "attention.dense_bias"}
+# A tensor that every layer has but the first, by model type: how much of the router's state before it a layer takes. The first has none
+# to take, so it gets zeros where it stands behind others, and a new first layer loses its own.
+BEHIND_FIRST = {"zaya": "mlp.gate.router_states_scale"}
 
 
 class Added(NamedTuple):
@@ -45,13 +49,13 @@ class Home(NamedTuple):
 def homes(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
     """What changes, by the position in the new stack. Raises RefusedError when weights that are shared would serve other layers."""
     first = members[order[0].model]
-    found = {**_shared(members, order), **_last(first, order)}
+    found = {**_shared(members, order), **_last(first, order), **_behind_first(members, order)}
     return {at: home for at, home in found.items() if home != Home()}
 
 
 def is_shared(rest: str) -> bool:
     """Whether a tensor, by its name below the layer, may belong to other layers too."""
-    return SHARED.search(rest) is not None or rest in LAST.values()
+    return SHARED.search(rest) is not None or rest in LAST.values() or rest in BEHIND_FIRST.values()
 
 
 def _by_layer(member: Member) -> dict[int, dict[str, Tensor]]:
@@ -115,16 +119,36 @@ def _block(tensors: Mapping[str, Tensor], seats: Sequence[tuple[int, int]], seat
     return tuple(added)
 
 
+def _own(member: Member, table: Mapping[str, str]) -> tuple[str, dict[int, Tensor]]:
+    """The name below a layer that a table has for a model type, and the tensor of that name of every layer that has one."""
+    kind = config_node(member.checkpoint.config, member.stack.node).get("model_type")
+    rest = table.get(kind, "") if isinstance(kind, str) else ""
+    places = {name: member.stack.place(name) for name in member.checkpoint.tensors} if rest else {}
+    return rest, {
+        place.layer: member.checkpoint.tensors[name] for name, place in places.items() if place is not None and place.rest == rest
+    }
+
+
 def _last(member: Member, order: Sequence[LayerRef]) -> dict[int, Home]:
     """Zeros for a new last layer whose class wants a tensor that only the old one had."""
-    kind = config_node(member.checkpoint.config, member.stack.node).get("model_type")
-    rest = LAST.get(kind) if isinstance(kind, str) else None
-    names = {member.stack.place(name): tensor for name, tensor in member.checkpoint.tensors.items()} if rest else {}
-    tensor = next((tensor for place, tensor in names.items() if place is not None and place.rest == rest), None)
+    rest, tensors = _own(member, LAST)
     last = member.stack.depth - 1
-    if rest is None or tensor is None:
+    if not tensors:
         return {}
     found = {at: Home(frozenset((rest,))) for at, layer in enumerate(order[:-1]) if layer.index == last}
     if order[-1].index != last:
-        found[len(order) - 1] = Home(added=(Added(rest, tensor, zero=True),))
+        found[len(order) - 1] = Home(added=(Added(rest, next(iter(tensors.values())), zero=True),))
+    return found
+
+
+def _behind_first(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
+    """Zeros for layers that were the first of their model and are not any more; a new first layer does without its tensor."""
+    own = {alias: _own(member, BEHIND_FIRST) for alias, member in members.items()}
+    found: dict[int, Home] = {}
+    for at, layer in enumerate(order):
+        rest, tensors = own[layer.model]
+        if at == 0 and layer.index in tensors:
+            found[at] = Home(frozenset((rest,)))
+        elif at > 0 and tensors and layer.index not in tensors:
+            found[at] = Home(added=(Added(rest, next(iter(tensors.values())), zero=True),))
     return found

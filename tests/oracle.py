@@ -116,7 +116,7 @@ def stacks(model: Any, depth: int) -> dict[str, list[str]]:
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth and not zoo.TOWER.search(name)
     ]
     lists = [name for name in lists if not any(name != other and re.match(re.escape(other) + r"\.\d+\.", name) for other in lists)]
-    sides = {name: re.search(r"(?:^|\.)(?:text_)?(encoder|decoder)\.", name) for name in lists}  # the first word: a decoder may be a BERT
+    sides = {name: re.search(r"(?:^|\.)(?:text_|local_)?(encoder|decoder)\.", name) for name in lists}  # the first word: a decoder may be a BERT
     encoders, decoders = (
         [name for name, side in sides.items() if side is not None and side[1] == wanted] for wanted in ("encoder", "decoder")
     )
@@ -124,15 +124,22 @@ def stacks(model: Any, depth: int) -> dict[str, list[str]]:
         weights = [
             {weight.data_ptr() for name in side for weight in model.get_submodule(name).parameters()} for side in (encoders, decoders)
         ]
-        return {"": lists} if weights[0] & weights[1] else {"decoder": decoders, "encoder": encoders}  # one set of layers may serve both
+        if weights[0] & weights[1]:  # one set of layers serves both
+            return {"": lists}
+        others = [name for name, side in sides.items() if side is None]
+        return {**({"": others} if others else {}), "decoder": decoders, "encoder": encoders}
     return {"": lists}
+
+
+DELETED = ("SqueezeBertEncoder", "ZayaModel", "BltLocalDecoder", "BltLocalEncoder")
+"""Classes whose layers are taken out of their lists: no hook sees all that a layer hands on, or the parts of a layer are in two lists."""
 
 
 @contextmanager
 def skipped(model: Any, lists: Sequence[str], layers: Sequence[int]) -> Iterator[None]:
     """The model with these layers skipped in place: each gives its input where its output was."""
     parent = model.get_submodule(lists[0].rpartition(".")[0]) if lists else None
-    if (len(lists) > 1 and hasattr(parent, "n_layers")) or type(parent).__name__ == "SqueezeBertEncoder":  # it calls layer.forward
+    if (len(lists) > 1 and hasattr(parent, "n_layers")) or type(parent).__name__ in DELETED:
         with _shortened(parent, lists, layers):
             yield
         return
@@ -149,7 +156,7 @@ def skipped(model: Any, lists: Sequence[str], layers: Sequence[int]) -> Iterator
 
 @contextmanager
 def _shortened(parent: Any, lists: Sequence[str], layers: Sequence[int]) -> Iterator[None]:
-    """The model without these layers: where the parts of a layer stand in lists of their own, no hook sees what is between them."""
+    """The model without these layers in its lists."""
     names = [name.rpartition(".")[2] for name in lists]
     own = {name: getattr(parent, name) for name in names}
     depth = getattr(parent, "n_layers", 0)
@@ -165,7 +172,10 @@ def _shortened(parent: Any, lists: Sequence[str], layers: Sequence[int]) -> Iter
 
 
 def _through(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    return _replaced(output, hidden_of(args, kwargs), kwargs)
+    hidden = hidden_of(args, kwargs)
+    if hasattr(module, "pre_ln"):  # the norm of the embeddings of RWKV, which its first layer applies for them
+        hidden = module.pre_ln(hidden)
+    return _replaced(output, hidden, kwargs)
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

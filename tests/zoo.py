@@ -185,6 +185,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 5, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": [32, 32], "global_attn_indexes": [1]},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32, "expert_intermediate_size": 32},
+    "dory": {"n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2},
     "emu3": {"vocabulary_map": {"<image>": 100}},
     "ernie4_5_vl_moe_text": {
         "moe_intermediate_size": [32, 16],
