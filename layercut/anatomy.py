@@ -16,6 +16,7 @@ from layercut.towers import OTHER_STACKS as OTHER_STACKS
 DEPTH_KEYS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
     "num_decoder_layers", "num_encoder_layers", "num_blocks", "layers", "decoder_num_hidden_layers", "encoder_num_hidden_layers",
+    "num_layers_per_stack",
 )  # fmt: skip
 TOWER_DEPTH_KEYS = ("depth", "n_blocks")
 """More such keys, which hold the depth of towers but mean other things in language models."""
@@ -32,8 +33,8 @@ Node = tuple[str, ...]
 class DepthKey(NamedTuple):
     """A value of config.json that states a depth: the config node that holds it, its key, and the depth.
 
-    `form` is `number`; `absent` for a key that has to be written, because the class has a default for it; or `length` for a value
-    with one entry a layer.
+    `form` is `number`; `absent` for a key that has to be written, because the class has a default for it; `length` for a value
+    with one entry a layer; or `pairs` for a number that counts the attention and the MLP of a layer apart.
     """
 
     node: Node
@@ -43,6 +44,10 @@ class DepthKey(NamedTuple):
 
     def __str__(self) -> str:
         return ".".join((*self.node, self.key))
+
+    def spelled(self, depth: int) -> int:
+        """What the key holds for a stack of so many layers."""
+        return 2 * depth if self.form == "pairs" else depth
 
 
 class Place(NamedTuple):
@@ -137,6 +142,13 @@ def depth_keys(config: Mapping[str, Any], node: Node = (), declared: Architectur
             value = values.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 yield DepthKey(path, key, value)
+                if in_pairs(values.get("layer_types"), value):
+                    yield DepthKey(path, key, value // 2, "pairs")
+
+
+def in_pairs(kinds: Any, length: int) -> bool:
+    """Whether a list of kinds names the attention and the MLP of every layer, one behind the other."""
+    return isinstance(kinds, list) and len(kinds) == length and kinds[1::2] == ["mlp"] * (length // 2) and "mlp" not in kinds[::2]
 
 
 def lengths(config: Mapping[str, Any]) -> Iterator[DepthKey]:

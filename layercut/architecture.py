@@ -57,10 +57,14 @@ __all__ = [
 
 # What a list of layers is called, at the end of its prefix.
 CONTAINER = re.compile(r"(^|\.|_)(layers?|h|blocks?)\.$")
+# The same without a word before it: the list that the other parts of its layers go with.
+PLAIN = re.compile(r"(^|\.)(layers?|h|blocks?)\.$")
 # Lists beside the layers that are no parts of layers, whatever their number.
 BESIDE = re.compile(r"altup_\w+|conv\w*|\w*norms?|embed\w*|\w*head\w*|experts?|\w*projector\w*|merger\w*|deepstack_\w+")
 # A second list with one entry for every few layers: the list, and the key that says how many.
 STRIDED = (("gated_cross_attn_layers.", "cross_layer_interval"),)
+# Modules with one list of layers each that one key counts: layer i of the stack is layer i of every list.
+TWINS = frozenset({"H_module", "L_module"})
 # Where one key serves both sides of an encoder-decoder: a decoder whose own key is absent takes its depth from the encoder's.
 FALLBACK = {"num_layers": "num_decoder_layers"}
 # Model types in which the key without a side is another name of the decoder's, not of the encoder's.
@@ -188,7 +192,7 @@ class _Locator:
 
     def _join(self, group: Sequence[_Bound]) -> list[LayerStack]:
         """The stacks that lists with one role and one key make up: lists side by side move together."""
-        named = [found for found in group if CONTAINER.search(found.prefix)]
+        named = sorted((found for found in group if CONTAINER.search(found.prefix)), key=lambda found: not PLAIN.search(found.prefix))
         stacks: dict[tuple[str, int], list[_Bound]] = {}
         for found in named or group:
             stacks.setdefault((_parent(found.prefix), found.length), []).append(found)
@@ -245,14 +249,19 @@ def _parent(prefix: str) -> str:
     return head + dot
 
 
+def _module(stack: LayerStack) -> str:
+    """The name of the module that holds the list of a stack."""
+    return stack.prefix.split(".")[-3] if stack.prefix.count(".") > 1 else ""
+
+
 def _together(stacks: Sequence[LayerStack]) -> list[LayerStack]:
     """Stacks with one depth key are one stack: they have to be edited in the same way."""
     found: dict[DepthKey, LayerStack] = {}
     alone: list[LayerStack] = []
     for stack in stacks:
         first = found.setdefault(stack.depth_key, stack)
-        sides = {first.name, stack.name} == {"encoder", "decoder"}
-        if first is not stack and sides and first.extra == stack.extra:
+        paired = {first.name, stack.name} == {"encoder", "decoder"} or {_module(first), _module(stack)} == TWINS
+        if first is not stack and paired and first.extra == stack.extra:
             merged = (*first.siblings, *(Sibling(prefix) for prefix in stack.prefixes))
             found[stack.depth_key] = replace(first, siblings=merged, name=TEXT)
         elif first is not stack:

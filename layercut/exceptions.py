@@ -94,6 +94,16 @@ def _producers(case: Case) -> bool:
     return all(after.get(kinds[index]) == before.get(kinds[index]) for index in case.order if index >= first)
 
 
+def _whole_pairs(case: Case) -> bool:
+    """The attention and the MLP of a layer, which stand as two in the file, stay together."""
+    pairs = list(zip(case.order[::2], case.order[1::2], strict=False))
+    return len(case.order) % 2 == 0 and all(first % 2 == 0 and second == first + 1 for first, second in pairs)
+
+
+def _cut_only(case: Case) -> bool:
+    return len(case.order) <= case.depth
+
+
 def _ends_full(case: Case) -> bool:
     kinds = case.kinds("layer_types")
     return not kinds or kinds[case.order[-1]] == "full_attention"
@@ -147,7 +157,6 @@ class Exceptional(NamedTuple):
 
 
 GEMMA = ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_text", "diffusion_gemma_text", "embedding_gemma2_text")
-LOOPED = "layers are looped, paired or shared"
 
 EXCEPTIONS = (
     Exceptional(
@@ -190,9 +199,27 @@ EXCEPTIONS = (
         ("mt5", "umt5"), _decoder_fits, "the class makes a cache with as many layers as the encoder has, and the decoder needs more"
     ),
     Exceptional(("olmo_hybrid",), _both_kinds, "the class wants a layer of linear attention and one of full attention", fatal=True),
+    Exceptional(
+        ("dory",),
+        _whole_pairs,
+        "the attention and the MLP of a layer stand in the file as two, the first of an even number, and must stay together",
+        lambda case: len(case.node.get("layer_types") or ()) == case.depth and "mlp" in case.kinds("layer_types"),
+        fatal=True,
+    ),
+    Exceptional(
+        ("blt_local_encoder", "blt_local_decoder"),
+        _cut_only,
+        "one cross-attention serves the whole stack of one layer, and would be repeated with it",
+        lambda case: case.depth == 1 and not case.node.get("cross_attn_all_layers", case.stack == "decoder"),
+        fatal=True,
+    ),
     Exceptional(("neomme",), _outer_full, "value embeddings feed the first and the last layer of full attention"),
     Exceptional(("qwen4_exp", "qwen4_exp_text"), _ranks, "the rank of a layer in ple_layer_ids shapes its tables", fatal=True),
-    Exceptional(("albert", "perceiver", "funnel"), _never, LOOPED, fatal=True),
+    Exceptional(("albert",), _never, "one group of weights serves every layer, so the file holds no layers to cut or repeat", fatal=True),
+    Exceptional(
+        ("perceiver",), _never, "one block of layers is run again and again, and no value of the config can shorten it", fatal=True
+    ),
+    Exceptional(("funnel",), _never, "the layers stand in blocks between which the text is pooled", fatal=True),
     Exceptional(
         ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
         _never,

@@ -11,9 +11,11 @@ from typing import Any
 from layercut.architecture import Member, find_stack
 from layercut.checkpoint import Checkpoint, Tensor
 from layercut.errors import LayercutError, RefusedError
+from layercut.homes import homes
 from layercut.plan import Edit
 from layercut.stack import LayerRef
 from layercut.surgery import operate
+from layercut.tables import gathered
 
 NAME = "model"
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_index")
@@ -55,12 +57,21 @@ def cut(model: Any, start: int, stop: int) -> None:
     if any(sibling.stride != 1 for sibling in member.stack.siblings):
         raise RefusedError("this model keeps parts of every few layers in a list of its own", hint="cut its checkpoint with a recipe")
     order = [index for index in range(depth) if not start <= index < stop]
-    surgery = operate(member.checkpoint.config_text, NAME, {NAME: member}, [LayerRef(model=NAME, index=index) for index in order])
+    stack = [LayerRef(model=NAME, index=index) for index in order]
+    surgery = operate(member.checkpoint.config_text, NAME, {NAME: member}, stack)
+    if member.stack.depth_key.form == "pairs" or homes({NAME: member}, stack) or _has_table(member, stack):
+        raise RefusedError("this model keeps weights for several layers in one place", hint="cut its checkpoint with a recipe")
     for prefix in member.stack.prefixes:
         _keep(model, prefix.rstrip("."), order)
     for edit in surgery.edits:
         _write(model.config, edit)
     _follow_devices(model, member.stack.prefixes, order)
+
+
+def _has_table(member: Member, order: Sequence[LayerRef]) -> bool:
+    """Whether a tensor outside the layers has one part for each of them."""
+    outside = (tensor for name, tensor in member.checkpoint.tensors.items() if member.stack.place(name) is None)
+    return any(gathered(tensor, {NAME: member}, order) is not None for tensor in outside)
 
 
 def _keep(model: Any, name: str, order: Sequence[int]) -> None:

@@ -92,6 +92,44 @@ class _Listed(NamedTuple):
         return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i, dense in enumerate(entries) if dense]}
 
 
+SECTIONS = ("n_input_layers", "n_recurrent_layers", "n_output_layers")
+
+
+def _sections(node: Config, depth: int) -> list[Any] | None:
+    """Dory's spelling: how many layers run first, how many in a loop, and how many last. One part a layer, or two where the attention
+    and the MLP of a layer are counted apart."""
+    whole_stack = node.get("num_hidden_layers")
+    counts = _numbers(node, (SECTIONS[0], 8), (SECTIONS[2], 8))
+    if not counts or not whole(whole_stack) or depth < 1 or whole_stack not in (depth, 2 * depth):
+        return None
+    looped = node.get(SECTIONS[1])
+    looped = whole_stack - sum(counts) if looped is None else looped
+    if not whole(looped) or min(*counts, looped) < 0 or counts[0] + looped + counts[1] != whole_stack:
+        return None
+    parts = [0] * counts[0] + [1] * looped + [2] * counts[1]
+    width = whole_stack // depth
+    return [tuple(parts[index * width : (index + 1) * width]) for index in range(depth)]
+
+
+class _Sections(NamedTuple):
+    """Dory's pattern: any cut keeps the sections, and so does what repeats layers within one."""
+
+    keys: tuple[str, ...] = SECTIONS
+    reason: str = "layers before the loop, in it and behind it"
+    decode: Callable[[Config, int], list[Any] | None] = _sections
+
+    @staticmethod
+    def applies(node: Config, stack: LayerStack) -> bool:
+        return _kind(node) == "dory"
+
+    @staticmethod
+    def encode(entries: list[Any], node: Config) -> Changes | None:
+        parts = [part for layer in entries for part in layer]
+        if parts != sorted(parts):
+            return None
+        return {key: parts.count(part) for part, key in enumerate(SECTIONS) if part != 1 or node.get(key) is not None}
+
+
 def _window(node: Config, depth: int) -> list[Any] | None:
     """ERNIE's spelling: layers from start to end whose number from 1 is a multiple of the interval; -1 is the last layer."""
     values = _numbers(node, ("moe_layer_start_index", 1), ("moe_layer_end_index", -1), ("moe_layer_interval", 1))
@@ -140,10 +178,11 @@ def _aligned(node: Config, depth: int) -> list[Any] | None:
     return [(i + 1) % max(depth // values[0], 1) == 0 for i in range(depth)] if values and values[0] > 0 else None
 
 
-PATTERNS: tuple[Pattern | _Listed, ...] = (
+PATTERNS: tuple[Pattern | _Listed | _Sections, ...] = (
     _offset("attn", 8, 4),
     _offset("expert", 2, 1),
     _Listed(),
+    _Sections(),
     Pattern(
         ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
         "first, last and interval of sparse layers",
@@ -175,6 +214,12 @@ class Scalar(NamedTuple):
     """The value for a stack of another depth: the node, the old depth, the new one."""
 
 
+def _cycles(node: Config, depth: int) -> int:
+    """How often each layer of a stack that runs in cycles is counted; 0 when the number says nothing of the kind."""
+    counted = node.get("num_hidden_layers")
+    return counted // depth if isinstance(counted, int) and counted % depth == 0 else 0
+
+
 SCALARS: tuple[Scalar, ...] = (
     Scalar(
         "scale_depth",
@@ -187,6 +232,12 @@ SCALARS: tuple[Scalar, ...] = (
         "twice the number of layers",
         lambda node, stack: stack.depth_key.key == "num_layers" and node.get("num_hidden_layers") == 2 * stack.depth,
         lambda node, old, new: 2 * new,
+    ),
+    Scalar(
+        "num_hidden_layers",
+        "layers of both stacks in all cycles",
+        lambda node, stack: stack.depth_key.key == "num_layers_per_stack" and _cycles(node, stack.depth) > 1,
+        lambda node, old, new: new * _cycles(node, old),
     ),
     Scalar(
         "residual_multiplier",

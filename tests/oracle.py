@@ -116,7 +116,9 @@ def stacks(model: Any, depth: int) -> dict[str, list[str]]:
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth and not zoo.TOWER.search(name)
     ]
     lists = [name for name in lists if not any(name != other and re.match(re.escape(other) + r"\.\d+\.", name) for other in lists)]
-    sides = {name: re.search(r"(?:^|\.)(?:text_|local_)?(encoder|decoder)\.", name) for name in lists}  # the first word: a decoder may be a BERT
+    sides = {
+        name: re.search(r"(?:^|\.)(?:text_|local_)?(encoder|decoder)\.", name) for name in lists
+    }  # the first word: a decoder may be a BERT
     encoders, decoders = (
         [name for name, side in sides.items() if side is not None and side[1] == wanted] for wanted in ("encoder", "decoder")
     )
