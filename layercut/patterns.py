@@ -127,27 +127,67 @@ class _Sections(NamedTuple):
         parts = [part for layer in entries for part in layer]
         if parts != sorted(parts):
             return None
-        return {key: parts.count(part) for part, key in enumerate(SECTIONS) if part != 1 or node.get(key) is not None}
+        counts = {key: parts.count(part) for part, key in enumerate(SECTIONS) if part != 1 or node.get(key) is not None}
+        return {key: count for key, count in counts.items() if count != node.get(key)}
+
+
+WINDOW = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
 
 
 def _window(node: Config, depth: int) -> list[Any] | None:
-    """ERNIE's spelling: layers from start to end whose number from 1 is a multiple of the interval; -1 is the last layer."""
-    values = _numbers(node, ("moe_layer_start_index", 1), ("moe_layer_end_index", -1), ("moe_layer_interval", 1))
-    if not values or values[2] < 1:
+    """ERNIE's spelling: layers from start to end whose number from 1 is a multiple of the interval; -1 is the last layer.
+
+    Where a value is a list, it has one for the experts of text and one for those of images: an entry then has one part for each.
+    """
+    values = [node[key] if node.get(key) is not None else default for key, default in zip(WINDOW, (1, -1, 1), strict=True)]
+    lists = [value for value in values if isinstance(value, list)]
+    count = max(map(len, lists), default=1)
+    if any(len(value) != count for value in lists) or not count:
         return None
-    start, end, every = values
-    return [(i + 1) % every == 0 and start <= i <= (depth - 1 if end == -1 else end) for i in range(depth)]
+    windows = list(zip(*(value if isinstance(value, list) else [value] * count for value in values), strict=True))
+    if not all(map(whole, (part for window in windows for part in window))) or min(every for *_, every in windows) < 1:
+        return None
+    inside = [tuple((i + 1) % n == 0 and low <= i <= (depth - 1 if high == -1 else high) for low, high, n in windows) for i in range(depth)]
+    return inside if lists else [parts[0] for parts in inside]
 
 
 def _window_spellings(node: Config, depth: int) -> Iterator[Changes]:
-    last = node.get("moe_layer_end_index", -1)
     for every in dict.fromkeys((node.get("moe_layer_interval", 1), 1)):
         interval = {} if every == node.get("moe_layer_interval", 1) else {"moe_layer_interval": every}
-        if last in (-1, None):
-            yield from ({"moe_layer_start_index": start, **interval} for start in range(depth + 1))
+        yield from ({"moe_layer_start_index": start, **interval} for start in range(depth + 1))
         for start in range(depth + 1):
             yield from ({"moe_layer_start_index": start, "moe_layer_end_index": end, **interval} for end in range(start, depth))
         yield {"moe_layer_start_index": depth, "moe_layer_end_index": depth, **interval}
+
+
+class _Windows(NamedTuple):
+    """ERNIE's pattern, which a vision model has twice: each is spelled by itself, and a value that is no list has to do for both."""
+
+    keys: tuple[str, ...] = WINDOW
+    reason: str = "first, last and interval of sparse layers"
+    decode: Callable[[Config, int], list[Any] | None] = _window
+
+    @staticmethod
+    def applies(node: Config, stack: LayerStack) -> bool:
+        return any(key in node for key in WINDOW)
+
+    @staticmethod
+    def encode(entries: list[Any], node: Config) -> Changes | None:
+        single = Pattern(WINDOW, "", _Windows.applies, _window, _window_spellings)
+        if not entries or not isinstance(entries[0], tuple):
+            return single.encode(entries, node)
+        found = []
+        for number, wanted in enumerate(zip(*entries, strict=True)):
+            own = {**node, **{key: node[key][number] for key in WINDOW if isinstance(node.get(key), list)}}
+            changes = single.encode(list(wanted), own)
+            if changes is None:
+                return None
+            found.append({key: {**own, **changes}.get(key) for key in WINDOW})
+        made = {key: [window[key] for window in found] for key in WINDOW}
+        if any(not isinstance(node.get(key), list) and len(set(values)) > 1 for key, values in made.items()):
+            return None
+        spelled = {key: values if isinstance(node.get(key), list) else values[0] for key, values in made.items()}
+        return {key: value for key, value in spelled.items() if value != node.get(key)}
 
 
 def _stepped(side: str, kind: str, first: int) -> Pattern:
@@ -178,18 +218,11 @@ def _aligned(node: Config, depth: int) -> list[Any] | None:
     return [(i + 1) % max(depth // values[0], 1) == 0 for i in range(depth)] if values and values[0] > 0 else None
 
 
-PATTERNS: tuple[Pattern | _Listed | _Sections, ...] = (
+PATTERNS: tuple[Pattern | _Listed | _Sections | _Windows, ...] = (
     _offset("attn", 8, 4),
     _offset("expert", 2, 1),
     _Listed(),
-    _Sections(),
-    Pattern(
-        ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
-        "first, last and interval of sparse layers",
-        lambda node, stack: any(key in node for key in ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")),
-        _window,
-        _window_spellings,
-    ),
+    _Windows(),
     _stepped("encoder", "nllb-moe", -1),
     _stepped("decoder", "nllb-moe", -1),
     _stepped("encoder", "switch_transformers", 1),
@@ -201,6 +234,7 @@ PATTERNS: tuple[Pattern | _Listed | _Sections, ...] = (
         _aligned,
         lambda node, depth: ({"aligner_num_add_layers": count} for count in range(1, depth + 1)),
     ),
+    _Sections(),
 )
 
 

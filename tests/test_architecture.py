@@ -52,6 +52,18 @@ LLAMA = (
             ("model.layers.{2}.self_attn.{2}.q.weight", "model.layers.{2}.mlps.{2}.up.weight", "model.norm.weight"),
             "model.layers.", "num_layers", 2, 0,
         ),
+        # attention and MLP of a layer, counted apart but stored as one (dory)
+        (
+            {"num_hidden_layers": 4, "layer_types": ["full_attention", "mlp"] * 2}, ("backbone.layers.{2}.mlp.up_proj.weight",),
+            "backbone.layers.", "num_hidden_layers", 2, 0,
+        ),
+        # the language model between the local models of bytes, and none of them (blt)
+        (
+            {f"{name}_config": {"num_hidden_layers": 3} for name in ("encoder", "decoder", "global", "patcher")},
+            ("model.patcher.layers.{3}.w", "model.local_encoder.layers.{3}.w", "model.global_transformer.layers.{3}.w",
+             "model.local_decoder.layers.{3}.w"),
+            "model.global_transformer.layers.", "global_config.num_hidden_layers", 3, 0,
+        ),
         # a vision tower of the same depth
         (
             {"text_config": {"num_hidden_layers": 4}, "vision_config": {"num_hidden_layers": 4}},

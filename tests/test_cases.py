@@ -40,6 +40,15 @@ def written(out: Path) -> dict[str, int]:
         return {name: int(file.get_tensor(name).ravel()[0]) for name in file.keys()}  # noqa: SIM118 - it is no mapping
 
 
+def values(out: Path, name: str) -> list[float]:
+    """The values of a tensor."""
+    from safetensors import safe_open
+
+    with safe_open(out / "model.safetensors", "np") as file:
+        found: list[float] = file.get_tensor(name).ravel().tolist()
+        return found
+
+
 def test_minicpm3_keeps_its_residual_scale(tmp_path: Path) -> None:
     source = model(tmp_path / "m", {"model_type": "minicpm3", "num_hidden_layers": 6, "scale_depth": 1.4}, "model.layers.:6")
     config = cut(source, tmp_path / "out", 2)
@@ -95,6 +104,53 @@ def test_xlm_keeps_its_layers_in_four_lists(tmp_path: Path) -> None:
     assert cut(source, tmp_path / "out", 1)["n_layers"] == 3
     found = written(tmp_path / "out")
     assert all([found[f"{name[:-1].rstrip(':')}{at}.w"] for at in range(3)] == [0, 2, 3] for name in lists)
+
+
+def test_zaya_has_no_router_state_before_its_first_layer(tmp_path: Path) -> None:
+    scales = {f"model.layers.{at}.mlp.gate.router_states_scale": ("F32", (1,), bytes([0, 0, 0, 60 + at])) for at in range(1, 4)}
+    source = model(tmp_path / "m", {"model_type": "zaya", "num_hidden_layers": 4}, "model.layers.:4", **scales)
+    cut(source, tmp_path / "out", 0)
+    names = {name for name in written(tmp_path / "out") if "scale" in name}
+    assert names == {f"model.layers.{at}.mlp.gate.router_states_scale" for at in (1, 2)}
+    turned = {
+        "slices": [{"model": str(source), "layer_range": [start, start + 1]} for start in (2, 0, 3)],
+        "output": str(tmp_path / "turned"),
+    }
+    run_recipe(Recipe.model_validate(turned), progress=False)
+    data = (tmp_path / "turned" / "model.safetensors").read_bytes()
+    assert written(tmp_path / "turned")["model.layers.1.w"] == 0
+    assert bytes([0, 0, 0, 63]) in data and bytes([0, 0, 0, 62]) not in data  # layer 0 takes nothing of the state: a scale of zero
+    assert values(tmp_path / "turned", "model.layers.1.mlp.gate.router_states_scale") == [0.0]
+
+
+def test_rwkv_norms_its_embeddings_before_the_first_layer_whichever_it_is(tmp_path: Path) -> None:
+    norm = {"rwkv.blocks.0.pre_ln.weight": ("U8", (4,), b"norm")}
+    source = model(tmp_path / "m", {"model_type": "rwkv", "num_hidden_layers": 4}, "rwkv.blocks.:4", **norm)
+    for gone in (0, 2):
+        cut(source, tmp_path / f"{gone}", gone)
+        found = written(tmp_path / f"{gone}")
+        assert [name for name in found if "pre_ln" in name] == ["rwkv.blocks.0.pre_ln.weight"]
+        assert found["rwkv.blocks.0.pre_ln.weight"] == ord("n") and found["rwkv.blocks.0.w"] == (gone == 0)
+
+
+def test_blt_is_cut_in_its_middle_unless_another_stack_is_asked_for(tmp_path: Path) -> None:
+    given = {"model_type": "blt", **{f"{name}_config": {"num_hidden_layers": 3} for name in ("encoder", "decoder", "global", "patcher")}}
+    stacks = (
+        "local_encoder.layers",
+        "local_decoder.cross_attn_layers",
+        "local_decoder.layers",
+        "global_transformer.layers",
+        "patcher.layers",
+    )
+    source = model(tmp_path / "m", given, *(f"model.{name}.:3" for name in stacks))
+    assert cut(source, tmp_path / "out", 1) == {**given, "global_config": {"num_hidden_layers": 2}}
+    found = written(tmp_path / "out")
+    assert found["model.global_transformer.layers.1.w"] == 2 and found["model.local_decoder.layers.1.w"] == 1
+    assert cut(source, tmp_path / "decoder", 1, stack="decoder")["decoder_config"] == {"num_hidden_layers": 2}
+    found = written(tmp_path / "decoder")
+    assert all(found[f"model.local_decoder.{name}.1.w"] == 2 for name in ("layers", "cross_attn_layers"))
+    assert found["model.global_transformer.layers.1.w"] == 1
+    assert cut(source, tmp_path / "patcher", 1, stack="patcher")["patcher_config"] == {"num_hidden_layers": 2}
 
 
 @pytest.mark.parametrize(("gone", "message"), [(0, "the first layer has no attention norm"), (3, None)])

@@ -23,16 +23,17 @@ def says(kind: str | None, reason: str, fatal: bool = False) -> str:
 
 ON = {"scale_attn_by_inverse_layer_idx": True}
 LAMBDA = "lambda_init depends on the layer index"
-LOOPED = "layers are looped, paired or shared"
+GROUP = "one group of weights serves every layer, so the file holds no layers to cut or repeat"
+BLOCKS = "the layers stand in blocks between which the text is pooled"
 SHARED = "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"
 TOPK = "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"
 GEMMA = {"num_kv_shared_layers": 2, "layer_types": [S, F, S, F, S, F]}  # 4 reads layer 2, 5 reads layer 3
 DSA = {"indexer_types": ["full", "shared", "full", "full", "shared", "shared"]}
 NORM = "the first layer has no attention norm"
-PRE = "the first layer norms the embeddings (pre_ln), and its norm would go to the new first layer"
 RANKS = "the rank of a layer in ple_layer_ids shapes its tables"
 NONE_LEFT = "no layer of attention would be left, and the cache of the class wants one"
-ZAYA = "router state is passed from layer to layer, and the first layer has no scale of it"
+TOGETHER = "the attention and the MLP of a layer stand in the file as two, the first of an even number, and must stay together"
+ALONE = "one cross-attention serves the whole stack of one layer, and would be repeated with it"
 
 
 @pytest.mark.parametrize(
@@ -52,15 +53,16 @@ ZAYA = "router state is passed from layer to layer, and the first layer has no s
         ("esmc", {}, TAIL, "the residual is divided by sqrt(number of layers / 36), and no value of the config says so"),
         ("esmc", {}, [1, 0, 2, 3, 4, 5], None),
         ("minicpm3", {}, HEAD, None),
-        ("rwkv", {}, HEAD, PRE),
-        ("rwkv", {}, MIDDLE, None),
-        ("rwkv", {}, [0, 0, 1], PRE),
+        ("rwkv", {}, HEAD, None),
+        ("rwkv", {}, [0, 0, 1], None),
         ("modernbert", {}, HEAD, NORM),
         ("modernbert-decoder", {}, HEAD, NORM),
         ("modernbert-decoder", {}, DOUBLED, None),
         ("deberta-v2", {"conv_kernel_size": 3}, HEAD, "a convolution is applied behind the first layer"),
         ("deberta-v2", {"conv_kernel_size": 0}, HEAD, None),
-        ("zaya", {}, MIDDLE, ZAYA),
+        ("zaya", {}, MIDDLE, None),
+        ("zaya", {}, HEAD, None),
+        ("dory", {"layer_types": [S, "mlp"] * 6}, HEAD, None),
         ("reformer", {}, MIDDLE, None),
         ("mt5", {"num_layers": 6, "num_decoder_layers": 4}, TAIL, None),
         ("mt5", {"num_layers": 6, "num_decoder_layers": 8}, TAIL, None),
@@ -112,8 +114,9 @@ def test_objections(kind: str | None, config: dict[str, Any], order: list[int], 
             TAIL,
             "the class ties the block that hybrid layers share, and cannot when one of them is left",
         ),
-        ("albert", {}, TAIL, LOOPED),
-        ("blt", {}, TAIL, LOOPED),
+        ("albert", {}, TAIL, GROUP),
+        ("funnel", {}, TAIL, BLOCKS),
+        ("dory", {"layer_types": [S, "mlp", S, "mlp", F, "mlp"]}, HEAD, TOGETHER),
     ],
 )
 def test_what_no_recipe_can_allow(kind: str, config: dict[str, Any], order: list[int], reason: str) -> None:
@@ -134,6 +137,14 @@ def test_what_no_recipe_can_allow(kind: str, config: dict[str, Any], order: list
 )
 def test_the_same_types_where_it_is_exact(kind: str, config: dict[str, Any], order: list[int]) -> None:
     assert objections(case(kind, config, order)) == []
+
+
+@pytest.mark.parametrize(("order", "cross", "fatal"), [([0, 0], False, True), ([0, 0], True, False), ([0], False, False)])
+def test_the_one_cross_attention_of_the_one_layer_of_blt(order: list[int], cross: bool, fatal: bool) -> None:
+    one = Case("blt_local_encoder", {"cross_attn_all_layers": cross}, order, 1, stack="encoder")
+    assert [(objection.text, objection.fatal) for objection in objections(one)] == [(says("blt_local_encoder", ALONE, True), True)] * fatal
+    deep = Case("blt_local_decoder", {}, DOUBLED, DEPTH, stack="decoder")
+    assert objections(deep) == []
 
 
 def test_minimax_is_exact_when_the_file_holds_its_decay() -> None:
@@ -158,11 +169,11 @@ def test_index_dependent_types_accept_the_whole_stack() -> None:
 
 
 def test_what_cannot_be_edited_at_all() -> None:
-    assert hopeless({"model_type": "albert"}) == says("albert", LOOPED, True)
-    assert hopeless({"model_type": "novel", "text_config": {"model_type": "hrm_text"}}) == says("hrm_text", LOOPED, True)
+    assert hopeless({"model_type": "albert"}) == says("albert", GROUP, True)
+    assert hopeless({"model_type": "novel", "text_config": {"model_type": "funnel"}}) == says("funnel", BLOCKS, True)
     assert hopeless({"model_type": "llama"}) is None
     assert hopeless({"model_type": ["albert"]}) is None
-    inner = case("blt_local_decoder", {}, TAIL, root={"model_type": "blt"})
+    inner = case("inkling2_vision", {}, TAIL, root={"model_type": "inkling2"})
     assert [objection.fatal for objection in objections(inner)] == [True]
 
 
