@@ -87,6 +87,8 @@ class LayerStack:
     """Prefixes of lists as long as the stack beside it, which may hold parts of its layers or not."""
     declared: Architecture = NOTHING
     """What the recipe says of the architecture."""
+    shared: bool = False
+    """Whether the layers take their weights from a few groups in turns: then no tensor belongs to one of them."""
 
     @property
     def node(self) -> Node:
@@ -100,6 +102,8 @@ class LayerStack:
 
     def place(self, name: str) -> Place | None:
         """Where a tensor belongs in the stack, or None for a tensor outside it."""
+        if self.shared:
+            return None
         for prefix, stride in ((self.prefix, 1), *self.siblings):
             number, _, rest = name[len(prefix) :].partition(".")
             if rest and name.startswith(prefix) and is_index(number):

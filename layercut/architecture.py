@@ -65,6 +65,8 @@ BESIDE = re.compile(r"altup_\w+|conv\w*|\w*norms?|embed\w*|\w*head\w*|experts?|\
 STRIDED = (("gated_cross_attn_layers.", "cross_layer_interval"),)
 # Modules with one list of layers each that one key counts: layer i of the stack is layer i of every list.
 TWINS = frozenset({"H_module", "L_module"})
+# Lists of groups of weights that the layers use in turns, and the key that counts the groups: the layers are a number only.
+GROUPS = (("albert_layer_groups.", "num_hidden_groups"),)
 # Where one key serves both sides of an encoder-decoder: a decoder whose own key is absent takes its depth from the encoder's.
 FALLBACK = {"num_layers": "num_decoder_layers"}
 # Model types in which the key without a side is another name of the decoder's, not of the encoder's.
@@ -138,7 +140,7 @@ class _Locator:
         for found in bound:
             groups.setdefault((found.role, found.key), []).append(found)
         joined = [stack for group in groups.values() for stack in self._join(group)]
-        whole = _told_apart(_together(joined))
+        whole = _told_apart(_together(joined)) or self._in_groups()
         return [self._with_lists_beside(replace(stack, aliases=self._aliases(stack, joined))) for stack in whole]
 
     def _bind_all(self) -> list[_Bound]:
@@ -204,6 +206,16 @@ class _Locator:
             siblings = tuple(Sibling(found.prefix) for found in lists[1:])
             name = role.name if role.tower != TEXT or self.paired else TEXT
             made.append(LayerStack(lists[0].prefix, key.depth, key, (), count - key.depth, siblings, name, unclear, self.declared))
+        return made
+
+    def _in_groups(self) -> list[LayerStack]:
+        """The stack whose layers share the weights of fewer groups."""
+        made: list[LayerStack] = []
+        for prefix, count in self.lists.items():
+            for name, groups in GROUPS:
+                key = next((key for key in self.keys if config_node(self.config, key.node).get(groups) == count < key.depth), None)
+                if prefix.endswith(name) and key is not None:
+                    made.append(LayerStack(prefix, key.depth, key, declared=self.declared, shared=True))
         return made
 
     def _with_lists_beside(self, stack: LayerStack) -> LayerStack:

@@ -100,6 +100,16 @@ def _whole_pairs(case: Case) -> bool:
     return len(case.order) % 2 == 0 and all(first % 2 == 0 and second == first + 1 for first, second in pairs)
 
 
+def _same_groups(case: Case) -> bool:
+    """Every layer takes the weights of the group that it took them of; the class spreads the layers evenly over the groups."""
+    groups = case.node.get("num_hidden_groups", 1)
+    if type(groups) is not int or groups < 1:
+        return False
+    return [int(at / (len(case.order) / groups)) for at in range(len(case.order))] == [
+        int(index / (case.depth / groups)) for index in case.order
+    ]
+
+
 def _cut_only(case: Case) -> bool:
     return len(case.order) <= case.depth
 
@@ -215,7 +225,12 @@ EXCEPTIONS = (
     ),
     Exceptional(("neomme",), _outer_full, "value embeddings feed the first and the last layer of full attention"),
     Exceptional(("qwen4_exp", "qwen4_exp_text"), _ranks, "the rank of a layer in ple_layer_ids shapes its tables", fatal=True),
-    Exceptional(("albert",), _never, "one group of weights serves every layer, so the file holds no layers to cut or repeat", fatal=True),
+    Exceptional(
+        ("albert",),
+        _same_groups,
+        "layers take the weights of groups in turns, and some would take those of another (num_hidden_groups)",
+        lambda case: case.node.get("num_hidden_groups", 1) != case.depth,
+    ),
     Exceptional(
         ("perceiver",), _never, "one block of layers is run again and again, and no value of the config can shorten it", fatal=True
     ),

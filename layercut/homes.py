@@ -49,6 +49,9 @@ class Home(NamedTuple):
 def homes(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
     """What changes, by the position in the new stack. Raises RefusedError when weights that are shared would serve other layers."""
     first = members[order[0].model]
+    used = {layer.model for layer in order}
+    if len(used) > 1 and any(members[alias].stack.shared for alias in used):
+        raise RefusedError("one set of weights serves several layers: they cannot be mixed with those of other models")
     found = {**_shared(members, order), **_last(first, order), **_behind_first(members, order)}
     return {at: home for at, home in found.items() if home != Home()}
 

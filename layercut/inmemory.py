@@ -55,6 +55,8 @@ def cut(model: Any, start: int, stop: int) -> None:
     depth = member.stack.depth
     if not 0 <= start < stop <= depth or stop - start == depth:
         raise LayercutError(f"[{start}, {stop}) is no block of a model of {depth} layers", hint="at least one layer must stay")
+    if member.stack.shared:
+        raise RefusedError("the layers of this model share their weights: there is no list of them", hint=RECIPE)
     if any(sibling.stride != 1 for sibling in member.stack.siblings):
         raise RefusedError("this model keeps parts of every few layers in a list of its own", hint=RECIPE)
     order = [index for index in range(depth) if not start <= index < stop]

@@ -58,7 +58,7 @@ class Naming:
     def __init__(self, stack: LayerStack, tensors: Collection[str] = ()) -> None:
         self.stack, self.tensors = stack, tensors
         lists = ((stack.prefix, 1), *((sibling.prefix, sibling.stride) for sibling in stack.siblings))
-        self.lists = [Listed.of(prefix, stride) for prefix, stride in lists if prefix]
+        self.lists = [Listed.of(prefix, stride) for prefix, stride in lists if prefix and not stack.shared]
 
     def spot(self, text: str) -> Spot | None:
         """The layer that a name means, when one literal index says it. None for other names, and for patterns that may mean several."""

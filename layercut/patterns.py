@@ -274,6 +274,12 @@ SCALARS: tuple[Scalar, ...] = (
         lambda node, old, new: new * _cycles(node, old),
     ),
     Scalar(
+        "num_hidden_groups",
+        "one group of weights a layer",
+        lambda node, stack: node.get("num_hidden_groups") == stack.depth and not stack.shared,
+        lambda node, old, new: new,
+    ),
+    Scalar(
         "residual_multiplier",
         "the default is 1 / sqrt(2 * number of layers) of the source",
         lambda node, stack: _kind(node) == "neomme" and node.get("residual_multiplier") is None,

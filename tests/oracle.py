@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,6 +141,11 @@ DELETED = ("SqueezeBertEncoder", "ZayaModel", "BltLocalDecoder", "BltLocalEncode
 @contextmanager
 def skipped(model: Any, lists: Sequence[str], layers: Sequence[int]) -> Iterator[None]:
     """The model with these layers skipped in place: each gives its input where its output was."""
+    groups = _groups(model)
+    if groups is not None:
+        with _called(groups, {layer: 0 for layer in layers}):
+            yield
+        return
     parent = model.get_submodule(lists[0].rpartition(".")[0]) if lists else None
     if (len(lists) > 1 and hasattr(parent, "n_layers")) or type(parent).__name__ in DELETED:
         with _shortened(parent, lists, layers):
@@ -149,6 +155,36 @@ def skipped(model: Any, lists: Sequence[str], layers: Sequence[int]) -> Iterator
     for name in lists:
         for layer in layers:
             handles.append(model.get_submodule(name)[layer].register_forward_hook(_through, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _groups(model: Any) -> Any:
+    """The module that runs groups of weights in turns, one call a layer, or None."""
+    return next((module for module in model.modules() if hasattr(module, "albert_layer_groups")), None)
+
+
+@contextmanager
+def _called(groups: Any, times: Mapping[int, int]) -> Iterator[None]:
+    """Groups of weights in turns, of which the call of some layers is made another number of times than once."""
+    calls = itertools.count()
+
+    def run(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        layer = next(calls)
+        hidden = args[0] if times.get(layer) == 0 else output
+        for _ in range(times.get(layer, 1) - 1):
+            hidden = module.forward(hidden, *args[1:], **kwargs)
+        return hidden
+
+    def start(module: Any, args: Any) -> None:
+        nonlocal calls
+        calls = itertools.count()
+
+    handles = [groups.register_forward_pre_hook(start)]
+    handles += [group.register_forward_hook(run, with_kwargs=True) for group in groups.albert_layer_groups]
     try:
         yield
     finally:
@@ -208,6 +244,11 @@ def again(model: Any, lists: Sequence[str], block: Sequence[int], other: Any = N
 
     The second time the layers may be those of another model.
     """
+    groups = _groups(model)
+    if groups is not None and other is None and len({group for group in groups.albert_layer_groups}) == 1:
+        with _called(groups, {layer: 2 for layer in block}):  # all layers are one: it does not matter which of them runs again
+            yield
+        return
     handles = []
     for name in lists:
         first, second = (list((lender or model).get_submodule(name)) for lender in (model, other))

@@ -91,7 +91,7 @@ def test_repeats_and_stacks_of_two_are_exact_or_refused(name: str, tmp_path: Pat
 # Types whose kinds of layers no value of their config can say once this block stands twice.
 KINDS_IN_ORDER = ("causal:jamba", "causal:deepseek_v3")
 # Types whose layers share weights that one of them keeps: they are not mixed with those of other models.
-SHARED = ("seq2seq:t5",)
+SHARED = ("seq2seq:t5", "masked:albert")
 
 
 def test_the_page_lists_every_type() -> None:
