@@ -16,8 +16,10 @@ from layercut.towers import OTHER_STACKS as OTHER_STACKS
 DEPTH_KEYS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
     "num_decoder_layers", "num_encoder_layers", "num_blocks", "layers", "decoder_num_hidden_layers", "encoder_num_hidden_layers",
-    "num_layers_per_stack",
+    "num_layers_per_stack", "num_self_attends_per_block",
 )  # fmt: skip
+LOOPS = {"num_blocks": "num_self_attends_per_block"}
+"""Keys that count how often the layers run, where another key counts the layers."""
 TOWER_DEPTH_KEYS = ("depth", "n_blocks")
 """More such keys, which hold the depth of towers but mean other things in language models."""
 LENGTH_KEYS = ("layers_block_type", "hybrid_override_pattern")
@@ -144,7 +146,7 @@ def depth_keys(config: Mapping[str, Any], node: Node = (), declared: Architectur
         more = TOWER_DEPTH_KEYS if OTHER_STACKS.search(".".join(path)) else ()
         for key in (*DEPTH_KEYS, *more, *declared.keys(declared.depth_keys, path)):
             value = values.get(key)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0 and LOOPS.get(key) not in values:
                 yield DepthKey(path, key, value)
                 if in_pairs(values.get("layer_types"), value):
                     yield DepthKey(path, key, value // 2, "pairs")

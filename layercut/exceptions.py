@@ -231,9 +231,6 @@ EXCEPTIONS = (
         "layers take the weights of groups in turns, and some would take those of another (num_hidden_groups)",
         lambda case: case.node.get("num_hidden_groups", 1) != case.depth,
     ),
-    Exceptional(
-        ("perceiver",), _never, "one block of layers is run again and again, and no value of the config can shorten it", fatal=True
-    ),
     Exceptional(("funnel",), _never, "the layers stand in blocks between which the text is pooled", fatal=True),
     Exceptional(
         ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),

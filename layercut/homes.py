@@ -18,7 +18,9 @@ from layercut.stack import LayerRef
 from layercut.views import View
 
 # Weights of which every layer that uses them would have its own, if the first ones did not keep them for all.
-SHARED = re.compile(r"(^|\.)((global_)?relative_attention_bias\.weight$|shared_transf(ormer)?\.|pre_ln\.(weight|bias)$)")
+SHARED = re.compile(r"(^|\.)((global_)?relative_attention_bias\.weight$|shared_transf(ormer)?\.)")
+# The norm of the embeddings, which the first layer applies for them.
+EMBEDDED = re.compile(r"(^|\.)pre_ln\.(weight|bias)$")
 # An adapter of a shared block: one for every layer that uses the block, numbered by the rank of the layer among all that use one.
 ADAPTER = re.compile(r"^(.*_adapter_list\.)(\d+)(\..*)$")
 # Kinds of layers that use a shared block.
@@ -52,22 +54,22 @@ def homes(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int,
     used = {layer.model for layer in order}
     if len(used) > 1 and any(members[alias].stack.shared for alias in used):
         raise RefusedError("one set of weights serves several layers: they cannot be mixed with those of other models")
-    found = {**_shared(members, order), **_last(first, order), **_behind_first(members, order)}
+    found = {**_shared(members, order), **_embedded(members, order), **_last(first, order), **_behind_first(members, order)}
     return {at: home for at, home in found.items() if home != Home()}
 
 
 def is_shared(rest: str) -> bool:
     """Whether a tensor, by its name below the layer, may belong to other layers too."""
-    return SHARED.search(rest) is not None or rest in LAST.values() or rest in BEHIND_FIRST.values()
+    return any(words.search(rest) for words in (SHARED, EMBEDDED)) or rest in LAST.values() or rest in BEHIND_FIRST.values()
 
 
-def _by_layer(member: Member) -> dict[int, dict[str, Tensor]]:
-    """The shared tensors of every layer that keeps some."""
+def _by_layer(member: Member, words: re.Pattern[str]) -> dict[int, dict[str, Tensor]]:
+    """The tensors below layers that are called so, of every layer that keeps some."""
     found: dict[int, dict[str, Tensor]] = {}
     for tensor in member.checkpoint.tensors.values():
-        if SHARED.search(tensor.name):
+        if words.search(tensor.name):
             place = member.stack.place(tensor.name)
-            if place is not None and SHARED.search(place.rest):
+            if place is not None and words.search(place.rest):
                 found.setdefault(place.layer, {})[place.rest] = tensor
     return found
 
@@ -81,7 +83,7 @@ def _users(member: Member) -> list[int]:
 
 
 def _shared(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
-    keepers = {alias: (_by_layer(member), _users(member)) for alias, member in members.items()}
+    keepers = {alias: (_by_layer(member, SHARED), _users(member)) for alias, member in members.items()}
     sharing = {alias: (kept, users) for alias, (kept, users) in keepers.items() if 0 < len(kept) < len(users)}
     if not sharing:
         return {}
@@ -120,6 +122,14 @@ def _block(tensors: Mapping[str, Tensor], seats: Sequence[tuple[int, int]], seat
         else:
             added += [Added(f"{adapter[1]}{new}{adapter[3]}", tensor) for new in ranks.get(int(adapter[2]), ())]
     return tuple(added)
+
+
+def _embedded(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
+    """The norm of the embeddings stands in the first layer: that of the model whose embeddings these are."""
+    kept = {alias: _by_layer(member, EMBEDDED) for alias, member in members.items()}
+    first = [Added(rest, tensor) for tensors in kept[order[0].model].values() for rest, tensor in tensors.items()]
+    found = {at: Home(frozenset(kept[layer.model].get(layer.index, ()))) for at, layer in enumerate(order)}
+    return {at: home._replace(added=() if at else tuple(first)) for at, home in found.items() if home.gone or (first and not at)}
 
 
 def _own(member: Member, table: Mapping[str, str]) -> tuple[str, dict[int, Tensor]]:

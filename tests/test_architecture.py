@@ -52,6 +52,11 @@ LLAMA = (
             ("model.layers.{2}.self_attn.{2}.q.weight", "model.layers.{2}.mlps.{2}.up.weight", "model.norm.weight"),
             "model.layers.", "num_layers", 2, 0,
         ),
+        # one key counts the layers, another how often they run (perceiver)
+        (
+            {"num_blocks": 3, "num_self_attends_per_block": 3}, ("perceiver.encoder.self_attends.{3}.mlp.w", "perceiver.embeddings.w"),
+            "perceiver.encoder.self_attends.", "num_self_attends_per_block", 3, 0,
+        ),
         # attention and MLP of a layer, counted apart but stored as one (dory)
         (
             {"num_hidden_layers": 4, "layer_types": ["full_attention", "mlp"] * 2}, ("backbone.layers.{2}.mlp.up_proj.weight",),

@@ -123,6 +123,46 @@ def test_zaya_has_no_router_state_before_its_first_layer(tmp_path: Path) -> None
     assert values(tmp_path / "turned", "model.layers.1.mlp.gate.router_states_scale") == [0.0]
 
 
+def albert(folder: Path) -> Path:
+    given = {"model_type": "albert", "num_hidden_layers": 6, "num_hidden_groups": 1}
+    return model(
+        folder, given, "albert.encoder.albert_layer_groups.:1", **{"albert.embeddings.word_embeddings.weight": ("U8", (2,), b"ww")}
+    )
+
+
+def test_albert_has_a_number_of_layers_only(tmp_path: Path) -> None:
+    source = albert(tmp_path / "m")
+    for gone in ((0,), (1, 4), (2, 3, 5)):
+        assert cut(source, tmp_path / f"{len(gone)}", *gone)["num_hidden_layers"] == 6 - len(gone)
+    names = ["albert.embeddings.word_embeddings.weight", "albert.encoder.albert_layer_groups.0.w"]
+    assert list(written(tmp_path / "3")) == sorted(names)
+    asked = {"model": str(source), "steps": [{"duplicate": {"at": [2, 3]}}], "output": str(tmp_path / "more")}
+    run_recipe(Recipe.model_validate(asked), progress=False)
+    assert json.loads((tmp_path / "more" / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == 8
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            {"slices": [{"model": "m", "layer_range": [0, 3]}, {"model": "n", "layer_range": [3, 6]}]},
+            "one set of weights serves several layers: they cannot be mixed with those of other models",
+        ),
+        (
+            {"model": "m", "steps": [{"merge": {"at": [1, 2]}}]},
+            "layer 1: one set of weights serves several layers: none of them can be changed by itself",
+        ),
+    ],
+)
+def test_layers_of_albert_are_not_changed_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Any, message: str) -> None:
+    for name in ("m", "n"):
+        albert(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LayercutError) as caught:
+        run_recipe(Recipe.model_validate({**recipe, "output": "out"}), progress=False)
+    assert message in str(caught.value)
+
+
 def test_rwkv_norms_its_embeddings_before_the_first_layer_whichever_it_is(tmp_path: Path) -> None:
     norm = {"rwkv.blocks.0.pre_ln.weight": ("U8", (4,), b"norm")}
     source = model(tmp_path / "m", {"model_type": "rwkv", "num_hidden_layers": 4}, "rwkv.blocks.:4", **norm)
@@ -151,6 +191,18 @@ def test_blt_is_cut_in_its_middle_unless_another_stack_is_asked_for(tmp_path: Pa
     assert all(found[f"model.local_decoder.{name}.1.w"] == 2 for name in ("layers", "cross_attn_layers"))
     assert found["model.global_transformer.layers.1.w"] == 1
     assert cut(source, tmp_path / "patcher", 1, stack="patcher")["patcher_config"] == {"num_hidden_layers": 2}
+
+
+def test_a_stack_of_two_rwkv_norms_the_embeddings_that_it_has(tmp_path: Path) -> None:
+    names = {"a": b"a", "b": b"b"}
+    for name, label in names.items():
+        norm = {"rwkv.blocks.0.pre_ln.weight": ("U8", (1,), label)}
+        model(tmp_path / name, {"model_type": "rwkv", "num_hidden_layers": 3}, "rwkv.blocks.:3", **norm)
+    slices = [{"model": str(tmp_path / name), "layer_range": span} for name, span in (("a", [1, 3]), ("b", [0, 2]))]
+    run_recipe(Recipe.model_validate({"slices": slices, "output": str(tmp_path / "out")}), progress=False)
+    found = written(tmp_path / "out")
+    assert {name: value for name, value in found.items() if "pre_ln" in name} == {"rwkv.blocks.0.pre_ln.weight": ord("a")}
+    assert [found[f"rwkv.blocks.{at}.w"] for at in range(4)] == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize(("gone", "message"), [(0, "the first layer has no attention norm"), (3, None)])

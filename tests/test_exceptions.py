@@ -23,7 +23,7 @@ def says(kind: str | None, reason: str, fatal: bool = False) -> str:
 
 ON = {"scale_attn_by_inverse_layer_idx": True}
 LAMBDA = "lambda_init depends on the layer index"
-GROUP = "one group of weights serves every layer, so the file holds no layers to cut or repeat"
+GROUP = "layers take the weights of groups in turns, and some would take those of another (num_hidden_groups)"
 BLOCKS = "the layers stand in blocks between which the text is pooled"
 SHARED = "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"
 TOPK = "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"
@@ -54,6 +54,11 @@ ALONE = "one cross-attention serves the whole stack of one layer, and would be r
         ("esmc", {}, [1, 0, 2, 3, 4, 5], None),
         ("minicpm3", {}, HEAD, None),
         ("rwkv", {}, HEAD, None),
+        ("albert", {}, TAIL, None),
+        ("albert", {"num_hidden_groups": 2}, TAIL, GROUP),
+        ("albert", {"num_hidden_groups": 2}, [0, 1, 3, 4], None),
+        ("albert", {"num_hidden_groups": 0}, TAIL, GROUP),
+        ("albert", {"num_hidden_groups": 6}, HEAD, None),
         ("rwkv", {}, [0, 0, 1], None),
         ("modernbert", {}, HEAD, NORM),
         ("modernbert-decoder", {}, HEAD, NORM),
@@ -114,7 +119,6 @@ def test_objections(kind: str | None, config: dict[str, Any], order: list[int], 
             TAIL,
             "the class ties the block that hybrid layers share, and cannot when one of them is left",
         ),
-        ("albert", {}, TAIL, GROUP),
         ("funnel", {}, TAIL, BLOCKS),
         ("dory", {"layer_types": [S, "mlp", S, "mlp", F, "mlp"]}, HEAD, TOGETHER),
     ],
@@ -169,10 +173,11 @@ def test_index_dependent_types_accept_the_whole_stack() -> None:
 
 
 def test_what_cannot_be_edited_at_all() -> None:
-    assert hopeless({"model_type": "albert"}) == says("albert", GROUP, True)
+    assert hopeless({"model_type": "funnel"}) == says("funnel", BLOCKS, True)
+    assert hopeless({"model_type": "albert"}) is None
     assert hopeless({"model_type": "novel", "text_config": {"model_type": "funnel"}}) == says("funnel", BLOCKS, True)
     assert hopeless({"model_type": "llama"}) is None
-    assert hopeless({"model_type": ["albert"]}) is None
+    assert hopeless({"model_type": ["funnel"]}) is None
     inner = case("inkling2_vision", {}, TAIL, root={"model_type": "inkling2"})
     assert [objection.fatal for objection in objections(inner)] == [True]
 

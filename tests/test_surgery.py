@@ -202,10 +202,9 @@ PATTERN = "cannot describe the new order of layers; choose layers that keep the 
             f"model type diffllama: lambda_init depends on the layer index, so this stack would load but compute something else; {INEXACT}",
         ),
         (
-            {"num_hidden_layers": 4, "model_type": "albert"},
+            {"num_hidden_layers": 4, "model_type": "funnel"},
             [0, 1, 2],
-            "model type albert: one group of weights serves every layer, so the file holds no layers to cut or repeat, "
-            "so this stack would not run as it is",
+            "model type funnel: the layers stand in blocks between which the text is pooled, so this stack would not run as it is",
         ),
     ],
 )
@@ -213,6 +212,40 @@ def test_refusals(tmp_path: Path, config: dict[str, Any], order: list[int], mess
     with pytest.raises(RefusedError) as caught:
         cut(tmp_path / "m", config, config["num_hidden_layers"], order)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("groups", "order", "fits"),
+    [
+        (1, [0], True),
+        (1, [0, 3, 3, 1, 5, 5, 5], True),
+        (2, [0, 1, 3, 4], True),
+        (2, [0, 1, 3, 4, 5], False),
+        (2, [3, 4, 0, 1], False),
+        (3, [0, 2, 4], True),
+        (3, [0, 1, 2, 3], False),
+    ],
+)
+def test_layers_that_take_the_weights_of_groups_in_turns(tmp_path: Path, groups: int, order: list[int], fits: bool) -> None:
+    """ALBERT: the layers are a number; only it changes, and only where each layer keeps its group."""
+    config = {"model_type": "albert", "num_hidden_layers": 6, "num_hidden_groups": groups, "inner_group_num": 2}
+    tensors = {
+        f"albert.encoder.albert_layer_groups.{at}.albert_layers.{part}.w": ("U8", (4,), b"....") for at in range(groups) for part in (0, 1)
+    }
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, tensors, config))
+    source = Member(checkpoint, find_stack(checkpoint))
+    assert (source.stack.shared, source.stack.depth, source.stack.place(next(iter(tensors)))) == (True, 6, None)
+    if fits:
+        assert json.loads(asked(source, order).text) == {**config, "num_hidden_layers": len(order)}
+        return
+    with pytest.raises(RefusedError, match="layers take the weights of groups in turns, and some would take those of another"):
+        asked(source, order)
+
+
+def test_as_many_groups_as_layers_are_layers(tmp_path: Path) -> None:
+    config = {"model_type": "albert", "num_hidden_layers": 3, "num_hidden_groups": 3}
+    done = cut(tmp_path / "m", config, 3, [0, 2, 2, 1], "albert.encoder.albert_layer_groups.")
+    assert json.loads(done.text) == {**config, "num_hidden_layers": 4, "num_hidden_groups": 4}
 
 
 HRM = {"model_type": "hrm_text", "num_hidden_layers": 24, "num_layers_per_stack": 3, "H_cycles": 2, "L_cycles": 3}

@@ -239,6 +239,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "num_latents": 8,
         "d_model": 32,
         "num_self_attends_per_block": 6,
+        "num_blocks": 2,
         "num_cross_attention_heads": 4,
         "num_self_attention_heads": 4,
     },
