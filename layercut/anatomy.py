@@ -61,10 +61,15 @@ class Place(NamedTuple):
 
 
 class Sibling(NamedTuple):
-    """Another numbered list that moves with the layers: its entry j belongs to layer `j * stride`."""
+    """Another numbered list that moves with the layers: its entry j belongs to layer `first + j * stride`.
+
+    The entries of a bare list are tensors themselves; those of others are modules.
+    """
 
     prefix: str
     stride: int = 1
+    first: int = 0
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,16 +111,16 @@ class LayerStack:
         """Where a tensor belongs in the stack, or None for a tensor outside it."""
         if self.shared:
             return None
-        for prefix, stride in ((self.prefix, 1), *self.siblings):
+        for prefix, stride, first, bare in (Sibling(self.prefix), *self.siblings):
             number, _, rest = name[len(prefix) :].partition(".")
-            if rest and name.startswith(prefix) and is_index(number):
-                return Place(prefix, int(number) * stride, rest)
+            if bool(rest) is not bare and name.startswith(prefix) and is_index(number):
+                return Place(prefix, first + int(number) * stride, rest)
         return None
 
     def rename(self, place: Place, index: int) -> str:
         """Name of the tensor at `place` once its layer has index `index`."""
-        stride = next((sibling.stride for sibling in self.siblings if sibling.prefix == place.prefix), 1)
-        return f"{place.prefix}{index // stride}.{place.rest}"
+        of = next((sibling for sibling in self.siblings if sibling.prefix == place.prefix), Sibling(self.prefix))
+        return f"{place.prefix}{(index - of.first) // of.stride}" + (f".{place.rest}" if place.rest else "")
 
 
 class Member(NamedTuple):

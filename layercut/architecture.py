@@ -67,6 +67,8 @@ STRIDED = (("gated_cross_attn_layers.", "cross_layer_interval"),)
 TWINS = frozenset({"H_module", "L_module"})
 # Lists of groups of weights that the layers use in turns, and the key that counts the groups: the layers are a number only.
 GROUPS = (("albert_layer_groups.", "num_hidden_groups"),)
+# Lists of one tensor a layer beside the list of layers, and the layer that the first of them belongs to.
+BARE = (("attn_res.attn_queries.", 1), ("attn_res.mlp_queries.", 0))
 # Where one key serves both sides of an encoder-decoder: a decoder whose own key is absent takes its depth from the encoder's.
 FALLBACK = {"num_layers": "num_decoder_layers"}
 # Model types in which the key without a side is another name of the decoder's, not of the encoder's.
@@ -126,7 +128,7 @@ class _Locator:
     """Binds the numbered lists of one checkpoint to the depth keys of its config."""
 
     def __init__(self, checkpoint: Checkpoint, declared: Architecture) -> None:
-        self.config, self.declared = checkpoint.config, declared
+        self.config, self.tensors, self.declared = checkpoint.config, checkpoint.tensors, declared
         self.moved = tuple(prefix if prefix.endswith(".") else f"{prefix}." for prefix in declared.prefixes)
         self.lists = {prefix: count for prefix, count in numbered_prefixes(checkpoint.tensors).items() if not declared.ignores(prefix)}
         self.roles = {prefix: role_of(prefix.split(".")) for prefix in self.lists}
@@ -226,6 +228,9 @@ class _Locator:
             stride, prefix = node.get(key), f"{_parent(stack.prefix)}{name}"
             if type(stride) is int and stride > 1 and self.lists.get(prefix) == stack.depth // stride:
                 more.append(Sibling(prefix, stride))
+        for name, first in BARE:
+            if f"{_parent(stack.prefix)}{name}0" in self.tensors:
+                more.append(Sibling(f"{_parent(stack.prefix)}{name}", first=first, bare=True))
         return replace(stack, siblings=(*stack.siblings, *more))
 
     def _aliases(self, stack: LayerStack, stacks: Sequence[LayerStack]) -> tuple[DepthKey, ...]:

@@ -175,14 +175,14 @@ EXCEPTIONS = (
         "scale_attn_by_inverse_layer_idx divides attention by the layer index",
         lambda case: bool(case.node.get("scale_attn_by_inverse_layer_idx")),
     ),
-    Exceptional(("diffllama",), _tail, "lambda_init depends on the layer index"),
+    Exceptional(("diffllama",), _tail, "lambda_init depends on the layer index, and no value of the config says otherwise"),
     Exceptional(
         ("minimax",),
         _tail,
         "the decay of lightning attention depends on the layer index, and the file does not hold it",
         lambda case: not any(name.endswith("slope_rate") for name in case.tensors),
     ),
-    Exceptional(("beam",), _tail, "the residual scale depends on the layer index"),
+    Exceptional(("beam",), _tail, "what a layer adds is scaled by its index, and no value of the config says otherwise"),
     Exceptional(("esmc",), _same_depth, "the residual is divided by sqrt(number of layers / 36), and no value of the config says so"),
     Exceptional(("modernbert", "modernbert-decoder"), _first, "the first layer has no attention norm"),
     Exceptional(
@@ -201,7 +201,7 @@ EXCEPTIONS = (
     Exceptional((), _producers, "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"),
     Exceptional((), _led, "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"),
     Exceptional((), _attends, "no layer of attention would be left, and the cache of the class wants one", fatal=True),
-    Exceptional(GEMMA[2:], _ends_full, "the class makes the last layer one of full attention", fatal=True),
+    Exceptional(GEMMA[2:], _ends_full, "the class makes the last layer one of full attention, whatever layer_types says", fatal=True),
     Exceptional(
         ("zamba",), _two_hybrids, "the class ties the block that hybrid layers share, and cannot when one of them is left", fatal=True
     ),
@@ -233,9 +233,12 @@ EXCEPTIONS = (
     ),
     Exceptional(("funnel",), _never, "the layers stand in blocks between which the text is pooled", fatal=True),
     Exceptional(
-        ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
+        ("inkling2_text",), _first, "only the first layer attends to no earlier block, and it has no weights to attend with", fatal=True
+    ),
+    Exceptional(
+        ("inkling2_loop", "inkling2_loop_text"),
         _never,
-        "blocks of layers attend to the states of earlier blocks, through tensors outside the layers",
+        "blocks of layers run again and again, and what they hand to the next run has its weights in one tensor for all of them",
         fatal=True,
     ),
     Exceptional(("pi0",), _never, "two stacks run against each other, layer by layer", fatal=True),
@@ -295,6 +298,8 @@ DEEPSTACK = (
 
 def remarks(case: Case) -> list[str]:
     """What the reader should know of a stack that is exact."""
+    if case.model_type == "rwkv" and case.order[0] != 0:
+        return ["the norm of the embeddings, which layer 0 keeps (pre_ln), stays before the first layer"]
     kind = case.root.get("model_type")
     vision = case.root.get("vision_config")
     fed = vision.get("deepstack_visual_indexes") if isinstance(vision, Mapping) else None

@@ -57,7 +57,7 @@ class Naming:
 
     def __init__(self, stack: LayerStack, tensors: Collection[str] = ()) -> None:
         self.stack, self.tensors = stack, tensors
-        lists = ((stack.prefix, 1), *((sibling.prefix, sibling.stride) for sibling in stack.siblings))
+        lists = ((stack.prefix, 1), *((sibling.prefix, sibling.stride) for sibling in stack.siblings if not sibling.bare))
         self.lists = [Listed.of(prefix, stride) for prefix, stride in lists if prefix and not stack.shared]
 
     def spot(self, text: str) -> Spot | None:
@@ -103,7 +103,7 @@ class Naming:
         numbers = {listed.prefix: number for number, listed in enumerate(self.lists)}
         for name in self.tensors:
             place = self.stack.place(name)
-            if place is not None:
+            if place is not None and place.prefix in numbers:
                 number = numbers[place.prefix]
                 of_layer = found.setdefault(place.layer, {})
                 of_layer.update(dict.fromkeys(Module(number, rest) for rest in ("", *ancestors(place.rest))))

@@ -61,7 +61,7 @@ def _offset(name: str, period: int, offset: int) -> Pattern:
     def applies(node: Config, stack: LayerStack) -> bool:
         return keys[0] in node and not isinstance(node.get("layers_block_type"), list)
 
-    return Pattern(keys, "period and offset of layers", applies, decode, spellings)
+    return Pattern(keys, "period and offset of layers, for which the class reads no list", applies, decode, spellings)
 
 
 def _dense(node: Config, depth: int) -> list[Any] | None:
@@ -212,6 +212,12 @@ def _stepped(side: str, kind: str, first: int) -> Pattern:
     return Pattern((key,), "step of sparse layers", applies, decode, lambda node, depth: ({key: step} for step in range(depth + 2)))
 
 
+def _blocks(node: Config, depth: int) -> list[Any] | None:
+    """Inkling 2's spelling: every so many layers a block begins, to whose state later layers attend."""
+    values = _numbers(node, ("n_layers_per_attn_res_block", 6))
+    return [i % values[0] == 0 for i in range(depth)] if values and values[0] > 0 else None
+
+
 def _aligned(node: Config, depth: int) -> list[Any] | None:
     """Evolla's spelling: a number of layers with an aligner, spread evenly."""
     values = _numbers(node, ("aligner_num_add_layers", 8))
@@ -235,6 +241,13 @@ PATTERNS: tuple[Pattern | _Listed | _Sections | _Windows, ...] = (
         lambda node, depth: ({"aligner_num_add_layers": count} for count in range(1, depth + 1)),
     ),
     _Sections(),
+    Pattern(
+        ("n_layers_per_attn_res_block",),
+        "first layers of the blocks to which later layers attend",
+        lambda node, stack: _kind(node) == "inkling2_text",
+        _blocks,
+        lambda node, depth: ({"n_layers_per_attn_res_block": count} for count in range(1, depth + 1)),
+    ),
 )
 
 

@@ -173,6 +173,22 @@ def test_rwkv_norms_its_embeddings_before_the_first_layer_whichever_it_is(tmp_pa
         assert found["rwkv.blocks.0.pre_ln.weight"] == ord("n") and found["rwkv.blocks.0.w"] == (gone == 0)
 
 
+def test_inkling2_keeps_the_queries_of_its_layers_beside_them(tmp_path: Path) -> None:
+    queries = {f"model.llm.attn_res.attn_queries.{at}": ("U8", (1,), bytes([10 + at])) for at in range(3)}
+    queries |= {f"model.llm.attn_res.mlp_queries.{at}": ("U8", (1,), bytes([20 + at])) for at in range(4)}
+    queries["model.llm.attn_res.output_query"] = ("U8", (1,), b"q")
+    given = {"model_type": "inkling2_text", "num_hidden_layers": 4, "n_layers_per_attn_res_block": 2, "layer_types": ["hybrid"] * 4}
+    source = model(tmp_path / "m", given, "model.llm.layers.:4", **queries)
+    config = cut(source, tmp_path / "out", 2)
+    assert (config["num_hidden_layers"], config["n_layers_per_attn_res_block"]) == (3, 3)
+    assert {name.removeprefix("model.llm."): value for name, value in written(tmp_path / "out").items()} == {
+        "layers.0.w": 0, "layers.1.w": 1, "layers.2.w": 3,
+        "attn_res.attn_queries.0": 10, "attn_res.attn_queries.1": 12,
+        "attn_res.mlp_queries.0": 20, "attn_res.mlp_queries.1": 21, "attn_res.mlp_queries.2": 23,
+        "attn_res.output_query": ord("q"),
+    }  # fmt: skip
+
+
 def test_blt_is_cut_in_its_middle_unless_another_stack_is_asked_for(tmp_path: Path) -> None:
     given = {"model_type": "blt", **{f"{name}_config": {"num_hidden_layers": 3} for name in ("encoder", "decoder", "global", "patcher")}}
     stacks = (

@@ -22,8 +22,10 @@ def says(kind: str | None, reason: str, fatal: bool = False) -> str:
 
 
 ON = {"scale_attn_by_inverse_layer_idx": True}
-LAMBDA = "lambda_init depends on the layer index"
+LAMBDA = "lambda_init depends on the layer index, and no value of the config says otherwise"
 GROUP = "layers take the weights of groups in turns, and some would take those of another (num_hidden_groups)"
+NO_QUERY = "only the first layer attends to no earlier block, and it has no weights to attend with"
+RUNS = "blocks of layers run again and again, and what they hand to the next run has its weights in one tensor for all of them"
 BLOCKS = "the layers stand in blocks between which the text is pooled"
 SHARED = "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"
 TOPK = "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"
@@ -49,7 +51,7 @@ ALONE = "one cross-attention serves the whole stack of one layer, and would be r
         ("diffllama", {}, HEAD, LAMBDA),
         ("minimax", {}, HEAD, "the decay of lightning attention depends on the layer index, and the file does not hold it"),
         ("minimax", {}, TAIL, None),
-        ("beam", {}, MIDDLE, "the residual scale depends on the layer index"),
+        ("beam", {}, MIDDLE, "what a layer adds is scaled by its index, and no value of the config says otherwise"),
         ("esmc", {}, TAIL, "the residual is divided by sqrt(number of layers / 36), and no value of the config says so"),
         ("esmc", {}, [1, 0, 2, 3, 4, 5], None),
         ("minicpm3", {}, HEAD, None),
@@ -103,7 +105,12 @@ def test_objections(kind: str | None, config: dict[str, Any], order: list[int], 
 @pytest.mark.parametrize(
     ("kind", "config", "order", "reason"),
     [
-        ("gemma4_text", {"layer_types": [S, F, S, F, S, F]}, [0, 1, 2], "the class makes the last layer one of full attention"),
+        (
+            "gemma4_text",
+            {"layer_types": [S, F, S, F, S, F]},
+            [0, 1, 2],
+            "the class makes the last layer one of full attention, whatever layer_types says",
+        ),
         (
             "olmo_hybrid",
             {"layer_types": [L, L, L, F, L, F]},
@@ -120,6 +127,9 @@ def test_objections(kind: str | None, config: dict[str, Any], order: list[int], 
             "the class ties the block that hybrid layers share, and cannot when one of them is left",
         ),
         ("funnel", {}, TAIL, BLOCKS),
+        ("inkling2_text", {}, HEAD, NO_QUERY),
+        ("inkling2_text", {}, [0, 1, 0], NO_QUERY),
+        ("inkling2_loop_text", {}, TAIL, RUNS),
         ("dory", {"layer_types": [S, "mlp", S, "mlp", F, "mlp"]}, HEAD, TOGETHER),
     ],
 )
@@ -178,7 +188,7 @@ def test_what_cannot_be_edited_at_all() -> None:
     assert hopeless({"model_type": "novel", "text_config": {"model_type": "funnel"}}) == says("funnel", BLOCKS, True)
     assert hopeless({"model_type": "llama"}) is None
     assert hopeless({"model_type": ["funnel"]}) is None
-    inner = case("inkling2_vision", {}, TAIL, root={"model_type": "inkling2"})
+    inner = case("inkling2_vision", {}, TAIL, root={"model_type": "inkling2_loop"})
     assert [objection.fatal for objection in objections(inner)] == [True]
 
 
@@ -188,3 +198,8 @@ def test_features_of_images_behind_the_first_layers() -> None:
     assert remarks(case("qwen3_vl_text", {}, [0, 2, 3], root=root)) == told
     assert remarks(case("qwen3_vl_text", {}, [0, 1, 3], root=root)) == []
     assert remarks(case("llama", {}, HEAD)) == []
+
+
+def test_the_norm_of_the_embeddings_is_told_of() -> None:
+    told = ["the norm of the embeddings, which layer 0 keeps (pre_ln), stays before the first layer"]
+    assert [remarks(case("rwkv", {}, order)) for order in (HEAD, MIDDLE)] == [told, []]

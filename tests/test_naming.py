@@ -130,6 +130,13 @@ def test_a_stack_without_a_name_before_its_numbers_has_none(tmp_path: Path) -> N
     assert naming.spot("layers.0.w") is None and naming.spot("0.w") is None and not naming.touches("re:layers.[01]")
 
 
+def test_lists_of_single_tensors_have_no_modules() -> None:
+    bare = LayerStack("model.llm.layers.", 4, KEY, siblings=(Sibling("model.llm.attn_res.queries.", first=1, bare=True),))
+    naming = Naming(bare, [*names(LLAMA, "w"), *(f"model.llm.layers.{at}.w" for at in range(4)), "model.llm.attn_res.queries.0"])
+    assert [listed.prefix for listed in naming.lists] == ["model.llm.layers."]
+    assert naming.modules[1] == [Module(0, "")]
+
+
 def test_what_is_a_pattern() -> None:
     assert [is_regex(text) for text in ("a.b", "re:a", "a.*", "a|b", "a\\.b")] == [False, True, False, True, True]
     assert [is_pattern(text) for text in ("a.b", "re:a", "a.*", "a?", "a[1]")] == [False, True, True, True, True]

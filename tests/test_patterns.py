@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from layercut.anatomy import DepthKey, LayerStack
 from layercut.patterns import PATTERNS, SCALARS
 
-ATTENTION, EXPERTS, QWEN, ERNIE, NLLB_ENCODER, NLLB_DECODER, SWITCH_ENCODER, SWITCH_DECODER, EVOLLA, DORY = PATTERNS
+ATTENTION, EXPERTS, QWEN, ERNIE, NLLB_ENCODER, NLLB_DECODER, SWITCH_ENCODER, SWITCH_DECODER, EVOLLA, DORY, INKLING = PATTERNS
 JAMBA = {"attn_layer_period": 4, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
 
 
@@ -63,6 +63,9 @@ def follow(pattern: Any, node: dict[str, Any], depth: int, *order: int) -> Any:
             (1, 3, 5),
             {"moe_layer_start_index": [0, 0], "moe_layer_interval": [1, 1]},
         ),
+        (INKLING, {"n_layers_per_attn_res_block": 2}, 6, (0, 1, 4, 5), {}),
+        (INKLING, {"n_layers_per_attn_res_block": 2}, 6, (0, 1, 3, 5), {"n_layers_per_attn_res_block": 4}),
+        (INKLING, {"n_layers_per_attn_res_block": 2}, 6, (0, 2, 3), None),
         (EVOLLA, {"aligner_num_add_layers": 2}, 6, (0, 1, 2), {"aligner_num_add_layers": 1}),
     ],
 )
@@ -86,7 +89,7 @@ def test_an_unchanged_stack_changes_nothing(number: int) -> None:
     nodes = [JAMBA, JAMBA, {"mlp_only_layers": [0]}, {"moe_layer_start_index": 1}]
     sparse = {"encoder_sparse_step": 2, "decoder_sparse_step": 2}
     dory = {"num_hidden_layers": 8, "n_input_layers": 2, "n_recurrent_layers": 4, "n_output_layers": 2}
-    node = [*nodes, *([sparse] * 4), {"aligner_num_add_layers": 2}, dory][number]
+    node = [*nodes, *([sparse] * 4), {"aligner_num_add_layers": 2}, dory, {"n_layers_per_attn_res_block": 3}][number]
     assert follow(PATTERNS[number], dict(node), 8, *range(8)) == {}
 
 
@@ -108,12 +111,14 @@ def test_patterns_are_for_their_own_models() -> None:
 
 
 def test_numbers_that_follow_the_depth() -> None:
-    residual, twice, cycles, neomme = SCALARS
+    residual, twice, cycles, groups, neomme = SCALARS
     assert residual.applies({"scale_depth": 1.4}, stack()) and not residual.applies({"scale_depth": 1.4, "mup_denominator": 32}, stack())
     assert residual.follow({"scale_depth": 1.4}, 6, 5) == 1.4 * math.sqrt(5 / 6)
     assert twice.applies({"num_hidden_layers": 12}, stack(key="num_layers")) and not twice.applies({"num_hidden_layers": 12}, stack())
     assert twice.follow({}, 6, 5) == 10
     assert neomme.follow({}, 8, 5) == 0.25
+    assert groups.applies({"num_hidden_groups": 6}, stack()) and groups.follow({}, 6, 5) == 5
+    assert not groups.applies({"num_hidden_groups": 1}, stack())
     hrm = stack(key="num_layers_per_stack")
     assert cycles.applies({"num_hidden_layers": 48}, hrm) and cycles.follow({"num_hidden_layers": 48}, 6, 5) == 40
     assert not any(cycles.applies({"num_hidden_layers": value}, hrm) for value in (6, 47, None, "48"))

@@ -161,12 +161,14 @@ PATTERN = "cannot describe the new order of layers; choose layers that keep the 
         (
             JAMBA,
             without(8, 1),
-            f"config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers) {PATTERN}",
+            "config.json: expert_layer_period = 2, expert_layer_offset = 1 "
+            f"(period and offset of layers, for which the class reads no list) {PATTERN}",
         ),
         (
             JAMBA,
             without(8, 2),
-            f"config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers) {PATTERN}",
+            "config.json: expert_layer_period = 2, expert_layer_offset = 1 "
+            f"(period and offset of layers, for which the class reads no list) {PATTERN}",
         ),
         (
             {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
@@ -199,7 +201,8 @@ PATTERN = "cannot describe the new order of layers; choose layers that keep the 
         (
             {"num_hidden_layers": 4, "model_type": "diffllama"},
             [1, 2, 3],
-            f"model type diffllama: lambda_init depends on the layer index, so this stack would load but compute something else; {INEXACT}",
+            f"model type diffllama: lambda_init depends on the layer index, and no value of the config says otherwise, "
+            f"so this stack would load but compute something else; {INEXACT}",
         ),
         (
             {"num_hidden_layers": 4, "model_type": "funnel"},
@@ -240,6 +243,34 @@ def test_layers_that_take_the_weights_of_groups_in_turns(tmp_path: Path, groups:
         return
     with pytest.raises(RefusedError, match="layers take the weights of groups in turns, and some would take those of another"):
         asked(source, order)
+
+
+INKLING2 = {"model_type": "inkling2_text", "num_hidden_layers": 9, "n_layers_per_attn_res_block": 3, "layer_types": [S, S, F] * 3}
+
+
+@pytest.mark.parametrize(
+    ("gone", "size"),
+    [((8,), 3), ((7, 8), 3), ((3, 4, 5), 3), ((6, 7, 8), 3), ((6,), None), ((3, 6), 7), ((1, 4, 7), 2), ((1,), None), ((3,), 5)],
+)
+def test_blocks_to_which_later_layers_attend(tmp_path: Path, gone: tuple[int, ...], size: int | None) -> None:
+    """Inkling 2: queries of the layers stand beside them, those of attention from layer 1 on."""
+    queries = [*(f"attn_queries.{at}" for at in range(8)), *(f"mlp_queries.{at}" for at in range(9))]
+    names = [*(f"model.llm.layers.{at}.w" for at in range(9)), *(f"model.llm.attn_res.{query}" for query in queries)]
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, {name: ("U8", (4,), b"....") for name in names}, INKLING2))
+    source = Member(checkpoint, find_stack(checkpoint))
+    places = {name: source.stack.place(name) for name in names}
+    assert all(place is not None for place in places.values())
+    if size is None:
+        with pytest.raises(
+            RefusedError, match=r"n_layers_per_attn_res_block = 3 \(first layers of the blocks to which later layers attend\) cannot"
+        ):
+            asked(source, without(9, *gone))
+        return
+    after = json.loads(asked(source, without(9, *gone)).text)
+    assert after == {
+        **INKLING2, "num_hidden_layers": 9 - len(gone), "n_layers_per_attn_res_block": size,
+        "layer_types": [kind for at, kind in enumerate([S, S, F] * 3) if at not in gone],
+    }  # fmt: skip
 
 
 def test_as_many_groups_as_layers_are_layers(tmp_path: Path) -> None:

@@ -244,6 +244,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "num_self_attention_heads": 4,
     },
     "pp_formulanet_vision": {"post_conv_in_channels": 32, "post_conv_out_channels": 32, "post_conv_mid_channels": 32},
+    "inkling2_text": {"n_layers_per_attn_res_block": 3, "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"] * 2},
     "instructblip": {"image_token_index": 150},
     "instructblipvideo": {"video_token_index": 150},
     "janus_vqgan": {"num_embeddings": 64},
