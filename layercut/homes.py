@@ -126,7 +126,8 @@ def _block(tensors: Mapping[str, Tensor], seats: Sequence[tuple[int, int]], seat
 
 def _embedded(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
     """The norm of the embeddings stands in the first layer: that of the model whose embeddings these are."""
-    kept = {alias: _by_layer(member, EMBEDDED) for alias, member in members.items()}
+    norms = {alias: _by_layer(member, EMBEDDED) for alias, member in members.items()}
+    kept = {alias: found if len(found) == 1 < members[alias].stack.depth else {} for alias, found in norms.items()}
     first = [Added(rest, tensor) for tensors in kept[order[0].model].values() for rest, tensor in tensors.items()]
     found = {at: Home(frozenset(kept[layer.model].get(layer.index, ()))) for at, layer in enumerate(order)}
     return {at: home._replace(added=() if at else tuple(first)) for at, home in found.items() if home.gone or (first and not at)}

@@ -209,6 +209,14 @@ def test_blt_is_cut_in_its_middle_unless_another_stack_is_asked_for(tmp_path: Pa
     assert cut(source, tmp_path / "patcher", 1, stack="patcher")["patcher_config"] == {"num_hidden_layers": 2}
 
 
+def test_norms_of_that_name_that_every_layer_has_are_of_the_layers(tmp_path: Path) -> None:
+    norms = {f"model.layers.{at}.pre_ln.weight": ("U8", (1,), bytes([10 + at])) for at in range(4)}
+    source = model(tmp_path / "m", {"model_type": "novel", "num_hidden_layers": 4}, "model.layers.:4", **norms)
+    cut(source, tmp_path / "out", 0)
+    found = written(tmp_path / "out")
+    assert [found[f"model.layers.{at}.pre_ln.weight"] for at in range(3)] == [11, 12, 13]
+
+
 def test_a_stack_of_two_rwkv_norms_the_embeddings_that_it_has(tmp_path: Path) -> None:
     names = {"a": b"a", "b": b"b"}
     for name, label in names.items():

@@ -113,7 +113,9 @@ def test_the_page_counts_what_it_lists() -> None:
     assert page().document(listed(), version[1]) == text
 
 
-def test_a_wrong_cut_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["llama", "dory", "zaya", "blt"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_cut_is_found(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle is no rubber stamp: when another layer goes than the one that was asked for, that is seen."""
 
     def other(recipe: Recipe, **more: Any) -> Any:
@@ -123,5 +125,5 @@ def test_a_wrong_cut_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return run_recipe(Recipe.model_validate({"model": recipe.model, "steps": steps, "output": recipe.output.path}), **more)
 
     monkeypatch.setattr(sweep, "run_recipe", other)
-    examined = sweep.examine("llama", "causal", tmp_path)
+    examined = sweep.examine(kind, "causal", tmp_path)
     assert {outcome.verdict for outcome in examined.outcomes} == {sweep.WRONG}
