@@ -41,6 +41,11 @@ def _tail(case: Case) -> bool:
     return list(case.order) == list(range(len(case.order)))
 
 
+def _same_parity(case: Case) -> bool:
+    """Layers of even index stand at even places, and those of odd index at odd ones."""
+    return all(index % 2 == at % 2 for at, index in enumerate(case.order))
+
+
 def _first(case: Case) -> bool:
     """Layer 0, and no other, stands where layer 0 stood."""
     return case.order[0] == 0 and 0 not in case.order[1:]
@@ -194,9 +199,9 @@ EXCEPTIONS = (
     Exceptional(("gpt_neox_japanese",), _last_stays, "only the last layer has an attention bias"),
     Exceptional(
         ("pegasus_x",),
-        _tail,
-        "every second layer of the encoder attends to shifted blocks, and global tokens are passed from layer to layer",
-        lambda case: case.stack == "encoder",
+        _same_parity,
+        "every second layer of the encoder attends to shifted blocks (stagger_local_blocks), and would do so where it did not before",
+        lambda case: case.stack == "encoder" and case.node.get("stagger_local_blocks") is not False,
     ),
     Exceptional((), _producers, "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"),
     Exceptional((), _led, "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"),

@@ -134,7 +134,7 @@ def stacks(model: Any, depth: int) -> dict[str, list[str]]:
     return {"": lists}
 
 
-DELETED = ("SqueezeBertEncoder", "ZayaModel", "BltLocalDecoder", "BltLocalEncoder", "Inkling2TextModel")
+DELETED = ("SqueezeBertEncoder", "ZayaModel", "BltLocalDecoder", "BltLocalEncoder", "Inkling2TextModel", "PegasusXEncoder")
 """Classes whose layers are taken out of their lists: no hook sees all that a layer hands on, or the parts of a layer are in two lists."""
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from layercut.exceptions import EXCEPTIONS, Case, hopeless, objections, remarks, rows
+from layercut.exceptions import EXCEPTIONS, Case, hopeless, objections, remarks
 
 DEPTH = 6
 WHOLE = [0, 1, 2, 3, 4, 5]
@@ -26,6 +26,7 @@ LAMBDA = "lambda_init depends on the layer index, and no value of the config say
 GROUP = "layers take the weights of groups in turns, and some would take those of another (num_hidden_groups)"
 NO_QUERY = "only the first layer attends to no earlier block, and it has no weights to attend with"
 RUNS = "blocks of layers run again and again, and what they hand to the next run has its weights in one tensor for all of them"
+STAGGERED = "every second layer of the encoder attends to shifted blocks (stagger_local_blocks), and would do so where it did not before"
 BLOCKS = "the layers stand in blocks between which the text is pooled"
 SHARED = "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"
 TOPK = "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"
@@ -165,9 +166,14 @@ def test_minimax_is_exact_when_the_file_holds_its_decay() -> None:
     assert objections(case("minimax", {}, HEAD, tensors=["model.layers.0.self_attn.slope_rate"])) == []
 
 
-def test_the_encoder_of_pegasus_x_only() -> None:
-    assert [row.model_types for row in rows(case("pegasus_x", {}, HEAD, stack="encoder")) if row.model_types] == [("pegasus_x",)]
-    assert objections(case("pegasus_x", {}, HEAD, stack="decoder")) == []
+@pytest.mark.parametrize(
+    ("order", "config", "exact"),
+    [(TAIL, {}, True), (HEAD, {}, False), (HEAD, {"stagger_local_blocks": False}, True), (MIDDLE, {}, True), ([0, 3, 2, 1], {}, True)],
+)
+def test_the_encoder_of_pegasus_x_only(order: list[int], config: dict[str, Any], exact: bool) -> None:
+    found = objections(case("pegasus_x", config, order, stack="encoder"))
+    assert [objection.text for objection in found] == ([] if exact else [says("pegasus_x", STAGGERED)])
+    assert objections(case("pegasus_x", config, order, stack="decoder")) == []
 
 
 def test_a_type_stands_in_one_row_of_its_own_only() -> None:

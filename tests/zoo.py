@@ -88,7 +88,7 @@ UNRUNNABLE: Mapping[str, str] = {
 """Types that cannot be run here, each with the reason."""
 DEPTHS: Mapping[str, int] = {
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), 8),
-    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), 8),
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text", "glm5_next", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), 8),
     "kimi_linear": 10,
     "bailing_hybrid": 12,
     "jamba": 8,
