@@ -159,7 +159,8 @@ def depth_keys(config: Mapping[str, Any], node: Node = (), declared: Architectur
 
 def in_pairs(kinds: Any, length: int) -> bool:
     """Whether a list of kinds names the attention and the MLP of every layer, one behind the other."""
-    return isinstance(kinds, list) and len(kinds) == length and kinds[1::2] == ["mlp"] * (length // 2) and "mlp" not in kinds[::2]
+    paired = isinstance(kinds, list) and len(kinds) == length > 1 and length % 2 == 0
+    return paired and kinds[1::2] == ["mlp"] * (length // 2) and "mlp" not in kinds[::2]
 
 
 def lengths(config: Mapping[str, Any]) -> Iterator[DepthKey]:

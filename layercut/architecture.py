@@ -215,7 +215,7 @@ class _Locator:
         made: list[LayerStack] = []
         for prefix, count in self.lists.items():
             for name, groups in GROUPS:
-                key = next((key for key in self.keys if config_node(self.config, key.node).get(groups) == count < key.depth), None)
+                key = next((key for key in self.keys if config_node(self.config, key.node).get(groups, 1) == count < key.depth), None)
                 if prefix.endswith(name) and key is not None:
                     made.append(LayerStack(prefix, key.depth, key, declared=self.declared, shared=True))
         return made
