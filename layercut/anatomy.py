@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from layercut.checkpoint import Checkpoint
@@ -107,11 +108,16 @@ class LayerStack:
         """The prefix of every list of the stack."""
         return (self.prefix, *(sibling.prefix for sibling in self.siblings))
 
+    @cached_property
+    def _lists(self) -> tuple[Sibling, ...]:
+        """Every list of the stack, its own first: `place` is asked of every tensor, again and again."""
+        return (Sibling(self.prefix), *self.siblings)
+
     def place(self, name: str) -> Place | None:
         """Where a tensor belongs in the stack, or None for a tensor outside it."""
         if self.shared:
             return None
-        for prefix, stride, first, bare in (Sibling(self.prefix), *self.siblings):
+        for prefix, stride, first, bare in self._lists:
             number, _, rest = name[len(prefix) :].partition(".")
             if bool(rest) is not bare and name.startswith(prefix) and is_index(number):
                 return Place(prefix, first + int(number) * stride, rest)
@@ -119,7 +125,7 @@ class LayerStack:
 
     def rename(self, place: Place, index: int) -> str:
         """Name of the tensor at `place` once its layer has index `index`."""
-        of = next((sibling for sibling in self.siblings if sibling.prefix == place.prefix), Sibling(self.prefix))
+        of = next((listed for listed in self._lists if listed.prefix == place.prefix), self._lists[0])
         return f"{place.prefix}{(index - of.first) // of.stride}" + (f".{place.rest}" if place.rest else "")
 
 
