@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from layercut.checkpoint import Checkpoint
@@ -16,7 +17,10 @@ from layercut.towers import OTHER_STACKS as OTHER_STACKS
 DEPTH_KEYS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
     "num_decoder_layers", "num_encoder_layers", "num_blocks", "layers", "decoder_num_hidden_layers", "encoder_num_hidden_layers",
+    "num_layers_per_stack", "num_self_attends_per_block",
 )  # fmt: skip
+LOOPS = {"num_blocks": "num_self_attends_per_block"}
+"""Keys that count how often the layers run, where another key counts the layers."""
 TOWER_DEPTH_KEYS = ("depth", "n_blocks")
 """More such keys, which hold the depth of towers but mean other things in language models."""
 LENGTH_KEYS = ("layers_block_type", "hybrid_override_pattern")
@@ -32,8 +36,8 @@ Node = tuple[str, ...]
 class DepthKey(NamedTuple):
     """A value of config.json that states a depth: the config node that holds it, its key, and the depth.
 
-    `form` is `number`; `absent` for a key that has to be written, because the class has a default for it; or `length` for a value
-    with one entry a layer.
+    `form` is `number`; `absent` for a key that has to be written, because the class has a default for it; `length` for a value
+    with one entry a layer; or `pairs` for a number that counts the attention and the MLP of a layer apart.
     """
 
     node: Node
@@ -43,6 +47,10 @@ class DepthKey(NamedTuple):
 
     def __str__(self) -> str:
         return ".".join((*self.node, self.key))
+
+    def spelled(self, depth: int) -> int:
+        """What the key holds for a stack of so many layers."""
+        return 2 * depth if self.form == "pairs" else depth
 
 
 class Place(NamedTuple):
@@ -54,10 +62,15 @@ class Place(NamedTuple):
 
 
 class Sibling(NamedTuple):
-    """Another numbered list that moves with the layers: its entry j belongs to layer `j * stride`."""
+    """Another numbered list that moves with the layers: its entry j belongs to layer `first + j * stride`.
+
+    The entries of a bare list are tensors themselves; those of others are modules.
+    """
 
     prefix: str
     stride: int = 1
+    first: int = 0
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,8 @@ class LayerStack:
     """Prefixes of lists as long as the stack beside it, which may hold parts of its layers or not."""
     declared: Architecture = NOTHING
     """What the recipe says of the architecture."""
+    shared: bool = False
+    """Whether the layers take their weights from a few groups in turns: then no tensor belongs to one of them."""
 
     @property
     def node(self) -> Node:
@@ -93,18 +108,25 @@ class LayerStack:
         """The prefix of every list of the stack."""
         return (self.prefix, *(sibling.prefix for sibling in self.siblings))
 
+    @cached_property
+    def _lists(self) -> tuple[Sibling, ...]:
+        """Every list of the stack, its own first: `place` is asked of every tensor, again and again."""
+        return (Sibling(self.prefix), *self.siblings)
+
     def place(self, name: str) -> Place | None:
         """Where a tensor belongs in the stack, or None for a tensor outside it."""
-        for prefix, stride in ((self.prefix, 1), *self.siblings):
+        if self.shared:
+            return None
+        for prefix, stride, first, bare in self._lists:
             number, _, rest = name[len(prefix) :].partition(".")
-            if rest and name.startswith(prefix) and is_index(number):
-                return Place(prefix, int(number) * stride, rest)
+            if bool(rest) is not bare and name.startswith(prefix) and is_index(number):
+                return Place(prefix, first + int(number) * stride, rest)
         return None
 
     def rename(self, place: Place, index: int) -> str:
         """Name of the tensor at `place` once its layer has index `index`."""
-        stride = next((sibling.stride for sibling in self.siblings if sibling.prefix == place.prefix), 1)
-        return f"{place.prefix}{index // stride}.{place.rest}"
+        of = next((listed for listed in self._lists if listed.prefix == place.prefix), self._lists[0])
+        return f"{place.prefix}{(index - of.first) // of.stride}" + (f".{place.rest}" if place.rest else "")
 
 
 class Member(NamedTuple):
@@ -135,8 +157,16 @@ def depth_keys(config: Mapping[str, Any], node: Node = (), declared: Architectur
         more = TOWER_DEPTH_KEYS if OTHER_STACKS.search(".".join(path)) else ()
         for key in (*DEPTH_KEYS, *more, *declared.keys(declared.depth_keys, path)):
             value = values.get(key)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0 and LOOPS.get(key) not in values:
                 yield DepthKey(path, key, value)
+                if in_pairs(values.get("layer_types"), value):
+                    yield DepthKey(path, key, value // 2, "pairs")
+
+
+def in_pairs(kinds: Any, length: int) -> bool:
+    """Whether a list of kinds names the attention and the MLP of every layer, one behind the other."""
+    paired = isinstance(kinds, list) and len(kinds) == length > 1 and length % 2 == 0
+    return paired and kinds[1::2] == ["mlp"] * (length // 2) and "mlp" not in kinds[::2]
 
 
 def lengths(config: Mapping[str, Any]) -> Iterator[DepthKey]:

@@ -57,10 +57,18 @@ __all__ = [
 
 # What a list of layers is called, at the end of its prefix.
 CONTAINER = re.compile(r"(^|\.|_)(layers?|h|blocks?)\.$")
+# The same without a word before it: the list that the other parts of its layers go with.
+PLAIN = re.compile(r"(^|\.)(layers?|h|blocks?)\.$")
 # Lists beside the layers that are no parts of layers, whatever their number.
 BESIDE = re.compile(r"altup_\w+|conv\w*|\w*norms?|embed\w*|\w*head\w*|experts?|\w*projector\w*|merger\w*|deepstack_\w+")
 # A second list with one entry for every few layers: the list, and the key that says how many.
 STRIDED = (("gated_cross_attn_layers.", "cross_layer_interval"),)
+# Modules with one list of layers each that one key counts: layer i of the stack is layer i of every list.
+TWINS = frozenset({"H_module", "L_module"})
+# Lists of groups of weights that the layers use in turns, and the key that counts the groups: the layers are a number only.
+GROUPS = (("albert_layer_groups.", "num_hidden_groups"),)
+# Lists of one tensor a layer beside the list of layers, and the layer that the first of them belongs to.
+BARE = (("attn_res.attn_queries.", 1), ("attn_res.mlp_queries.", 0))
 # Where one key serves both sides of an encoder-decoder: a decoder whose own key is absent takes its depth from the encoder's.
 FALLBACK = {"num_layers": "num_decoder_layers"}
 # Model types in which the key without a side is another name of the decoder's, not of the encoder's.
@@ -91,7 +99,7 @@ def find_stack(checkpoint: Checkpoint, wanted: str | None = None, declared: Arch
             raise CheckpointError(f"no stack is called '{wanted}'; there are: {listed}", where=place, hint=hint)
     else:
         found = [stack for stack in stacks if stack.name in (TEXT, "encoder", "decoder")]
-    for name in ("decoder", TEXT):
+    for name in (TEXT, "decoder"):
         found = [stack for stack in found if stack.name == name] or found
     if len(found) == 1:
         return found[0]
@@ -120,7 +128,7 @@ class _Locator:
     """Binds the numbered lists of one checkpoint to the depth keys of its config."""
 
     def __init__(self, checkpoint: Checkpoint, declared: Architecture) -> None:
-        self.config, self.declared = checkpoint.config, declared
+        self.config, self.tensors, self.declared = checkpoint.config, checkpoint.tensors, declared
         self.moved = tuple(prefix if prefix.endswith(".") else f"{prefix}." for prefix in declared.prefixes)
         self.lists = {prefix: count for prefix, count in numbered_prefixes(checkpoint.tensors).items() if not declared.ignores(prefix)}
         self.roles = {prefix: role_of(prefix.split(".")) for prefix in self.lists}
@@ -134,7 +142,7 @@ class _Locator:
         for found in bound:
             groups.setdefault((found.role, found.key), []).append(found)
         joined = [stack for group in groups.values() for stack in self._join(group)]
-        whole = _told_apart(_together(joined))
+        whole = _told_apart(_together(joined)) or self._in_groups()
         return [self._with_lists_beside(replace(stack, aliases=self._aliases(stack, joined))) for stack in whole]
 
     def _bind_all(self) -> list[_Bound]:
@@ -188,7 +196,7 @@ class _Locator:
 
     def _join(self, group: Sequence[_Bound]) -> list[LayerStack]:
         """The stacks that lists with one role and one key make up: lists side by side move together."""
-        named = [found for found in group if CONTAINER.search(found.prefix)]
+        named = sorted((found for found in group if CONTAINER.search(found.prefix)), key=lambda found: not PLAIN.search(found.prefix))
         stacks: dict[tuple[str, int], list[_Bound]] = {}
         for found in named or group:
             stacks.setdefault((_parent(found.prefix), found.length), []).append(found)
@@ -202,6 +210,16 @@ class _Locator:
             made.append(LayerStack(lists[0].prefix, key.depth, key, (), count - key.depth, siblings, name, unclear, self.declared))
         return made
 
+    def _in_groups(self) -> list[LayerStack]:
+        """The stack whose layers share the weights of fewer groups."""
+        made: list[LayerStack] = []
+        for prefix, count in self.lists.items():
+            for name, groups in GROUPS:
+                key = next((key for key in self.keys if config_node(self.config, key.node).get(groups, 1) == count < key.depth), None)
+                if prefix.endswith(name) and key is not None:
+                    made.append(LayerStack(prefix, key.depth, key, declared=self.declared, shared=True))
+        return made
+
     def _with_lists_beside(self, stack: LayerStack) -> LayerStack:
         """The stack with the lists that are declared to move with it, and those that have one entry for every few layers."""
         more = [Sibling(prefix) for prefix in self.moved if self.lists.get(prefix) in (stack.depth, stack.depth + stack.extra)]
@@ -210,6 +228,9 @@ class _Locator:
             stride, prefix = node.get(key), f"{_parent(stack.prefix)}{name}"
             if type(stride) is int and stride > 1 and self.lists.get(prefix) == stack.depth // stride:
                 more.append(Sibling(prefix, stride))
+        for name, first in BARE:
+            if f"{_parent(stack.prefix)}{name}0" in self.tensors:
+                more.append(Sibling(f"{_parent(stack.prefix)}{name}", first=first, bare=True))
         return replace(stack, siblings=(*stack.siblings, *more))
 
     def _aliases(self, stack: LayerStack, stacks: Sequence[LayerStack]) -> tuple[DepthKey, ...]:
@@ -245,14 +266,19 @@ def _parent(prefix: str) -> str:
     return head + dot
 
 
+def _module(stack: LayerStack) -> str:
+    """The name of the module that holds the list of a stack."""
+    return stack.prefix.split(".")[-3] if stack.prefix.count(".") > 1 else ""
+
+
 def _together(stacks: Sequence[LayerStack]) -> list[LayerStack]:
     """Stacks with one depth key are one stack: they have to be edited in the same way."""
     found: dict[DepthKey, LayerStack] = {}
     alone: list[LayerStack] = []
     for stack in stacks:
         first = found.setdefault(stack.depth_key, stack)
-        sides = {first.name, stack.name} == {"encoder", "decoder"}
-        if first is not stack and sides and first.extra == stack.extra:
+        paired = {first.name, stack.name} == {"encoder", "decoder"} or {_module(first), _module(stack)} == TWINS
+        if first is not stack and paired and first.extra == stack.extra:
             merged = (*first.siblings, *(Sibling(prefix) for prefix in stack.prefixes))
             found[stack.depth_key] = replace(first, siblings=merged, name=TEXT)
         elif first is not stack:

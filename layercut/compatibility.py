@@ -99,7 +99,7 @@ def _shapes(donor: Member, member: Member) -> Iterator[Difference]:
             yield Difference(f"the shape of layer tensor {name}", list(min(shapes[0][name])), list(min(shapes[1][name])))
     if donor.stack.prefix != member.stack.prefix:
         yield Difference("the name of layers", f"{donor.stack.prefix}*", f"{member.stack.prefix}*")
-    if not shapes[0].keys() & shapes[1].keys():
+    if not shapes[0].keys() & shapes[1].keys() and not donor.stack.shared:
         yield Difference("the name of layer tensors", min(shapes[0], default=""), min(shapes[1], default=""))
 
 

@@ -214,10 +214,12 @@ def inspect_text(data: dict[str, Any]) -> str:
     rows = [("type", " ".join(str(data["model_type"]).split())), ("folder", data["folder"])]
     if data["revision"]:
         rows.append(("revision", data["revision"]))
-    rows.append(("layers", f"{data['layers']} ({data['prefix']}0 to {data['layers'] - 1})"))
+    shared = not any(kind["tensors"] for kind in data["kinds"])
+    names = f"they share what stands under {data['prefix']}*" if shared else f"{data['prefix']}0 to {data['layers'] - 1}"
+    rows.append(("layers", f"{data['layers']} ({names})"))
     if len(data["stacks"]) > 1:
         rows.append(("stack", f"{data['stack']}, of " + ", ".join(f"{one['name']} ({one['prefix']}*)" for one in data["stacks"])))
-    for kind in data["kinds"]:
+    for kind in () if shared else data["kinds"]:
         name = "all layers" if len(data["kinds"]) == 1 else f"layers {_ranges(kind['layers'])}"
         rows.append(("", f"{name}: {kind['tensors']} tensors, {size(kind['bytes'])} each"))
     rows.append(("parameters", f"{amount(data['parameters'])} in {data['tensors']} tensors"))

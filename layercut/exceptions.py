@@ -41,6 +41,11 @@ def _tail(case: Case) -> bool:
     return list(case.order) == list(range(len(case.order)))
 
 
+def _same_parity(case: Case) -> bool:
+    """Layers of even index stand at even places, and those of odd index at odd ones."""
+    return all(index % 2 == at % 2 for at, index in enumerate(case.order))
+
+
 def _first(case: Case) -> bool:
     """Layer 0, and no other, stands where layer 0 stood."""
     return case.order[0] == 0 and 0 not in case.order[1:]
@@ -92,6 +97,26 @@ def _producers(case: Case) -> bool:
     before = {kinds[index]: index for index in range(first)}
     after = {kinds[index]: index for index in own}
     return all(after.get(kinds[index]) == before.get(kinds[index]) for index in case.order if index >= first)
+
+
+def _whole_pairs(case: Case) -> bool:
+    """The attention and the MLP of a layer, which stand as two in the file, stay together."""
+    pairs = list(zip(case.order[::2], case.order[1::2], strict=False))
+    return len(case.order) % 2 == 0 and all(first % 2 == 0 and second == first + 1 for first, second in pairs)
+
+
+def _same_groups(case: Case) -> bool:
+    """Every layer takes the weights of the group that it took them of; the class spreads the layers evenly over the groups."""
+    groups = case.node.get("num_hidden_groups", 1)
+    if type(groups) is not int or groups < 1:
+        return False
+    return [int(at / (len(case.order) / groups)) for at in range(len(case.order))] == [
+        int(index / (case.depth / groups)) for index in case.order
+    ]
+
+
+def _cut_only(case: Case) -> bool:
+    return len(case.order) <= case.depth
 
 
 def _ends_full(case: Case) -> bool:
@@ -147,7 +172,6 @@ class Exceptional(NamedTuple):
 
 
 GEMMA = ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_text", "diffusion_gemma_text", "embedding_gemma2_text")
-LOOPED = "layers are looped, paired or shared"
 
 EXCEPTIONS = (
     Exceptional(
@@ -156,18 +180,16 @@ EXCEPTIONS = (
         "scale_attn_by_inverse_layer_idx divides attention by the layer index",
         lambda case: bool(case.node.get("scale_attn_by_inverse_layer_idx")),
     ),
-    Exceptional(("diffllama",), _tail, "lambda_init depends on the layer index"),
+    Exceptional(("diffllama",), _tail, "lambda_init depends on the layer index, and no value of the config says otherwise"),
     Exceptional(
         ("minimax",),
         _tail,
         "the decay of lightning attention depends on the layer index, and the file does not hold it",
         lambda case: not any(name.endswith("slope_rate") for name in case.tensors),
     ),
-    Exceptional(("beam",), _tail, "the residual scale depends on the layer index"),
+    Exceptional(("beam",), _tail, "what a layer adds is scaled by its index, and no value of the config says otherwise"),
     Exceptional(("esmc",), _same_depth, "the residual is divided by sqrt(number of layers / 36), and no value of the config says so"),
-    Exceptional(("rwkv",), _first, "the first layer norms the embeddings (pre_ln), and its norm would go to the new first layer"),
     Exceptional(("modernbert", "modernbert-decoder"), _first, "the first layer has no attention norm"),
-    Exceptional(("zaya",), _tail, "router state is passed from layer to layer, and the first layer has no scale of it"),
     Exceptional(
         ("deberta-v2",),
         _first,
@@ -177,14 +199,14 @@ EXCEPTIONS = (
     Exceptional(("gpt_neox_japanese",), _last_stays, "only the last layer has an attention bias"),
     Exceptional(
         ("pegasus_x",),
-        _tail,
-        "every second layer of the encoder attends to shifted blocks, and global tokens are passed from layer to layer",
-        lambda case: case.stack == "encoder",
+        _same_parity,
+        "every second layer of the encoder attends to shifted blocks (stagger_local_blocks), and would do so where it did not before",
+        lambda case: case.stack == "encoder" and case.node.get("stagger_local_blocks") is not False,
     ),
     Exceptional((), _producers, "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"),
     Exceptional((), _led, "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"),
     Exceptional((), _attends, "no layer of attention would be left, and the cache of the class wants one", fatal=True),
-    Exceptional(GEMMA[2:], _ends_full, "the class makes the last layer one of full attention", fatal=True),
+    Exceptional(GEMMA[2:], _ends_full, "the class makes the last layer one of full attention, whatever layer_types says", fatal=True),
     Exceptional(
         ("zamba",), _two_hybrids, "the class ties the block that hybrid layers share, and cannot when one of them is left", fatal=True
     ),
@@ -192,13 +214,36 @@ EXCEPTIONS = (
         ("mt5", "umt5"), _decoder_fits, "the class makes a cache with as many layers as the encoder has, and the decoder needs more"
     ),
     Exceptional(("olmo_hybrid",), _both_kinds, "the class wants a layer of linear attention and one of full attention", fatal=True),
+    Exceptional(
+        ("dory",),
+        _whole_pairs,
+        "the attention and the MLP of a layer stand in the file as two, the first of an even number, and must stay together",
+        lambda case: len(case.node.get("layer_types") or ()) == case.depth and "mlp" in case.kinds("layer_types"),
+        fatal=True,
+    ),
+    Exceptional(
+        ("blt_local_encoder", "blt_local_decoder"),
+        _cut_only,
+        "one cross-attention serves the whole stack of one layer, and would be repeated with it",
+        lambda case: case.depth == 1 and not case.node.get("cross_attn_all_layers", case.stack == "decoder"),
+        fatal=True,
+    ),
     Exceptional(("neomme",), _outer_full, "value embeddings feed the first and the last layer of full attention"),
     Exceptional(("qwen4_exp", "qwen4_exp_text"), _ranks, "the rank of a layer in ple_layer_ids shapes its tables", fatal=True),
-    Exceptional(("dory", "hrm_text", "albert", "perceiver", "funnel", "blt"), _never, LOOPED, fatal=True),
     Exceptional(
-        ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
+        ("albert",),
+        _same_groups,
+        "layers take the weights of groups in turns, and some would take those of another (num_hidden_groups)",
+        lambda case: case.node.get("num_hidden_groups", 1) != case.depth,
+    ),
+    Exceptional(("funnel",), _never, "the layers stand in blocks between which the text is pooled", fatal=True),
+    Exceptional(
+        ("inkling2_text",), _first, "only the first layer attends to no earlier block, and it has no weights to attend with", fatal=True
+    ),
+    Exceptional(
+        ("inkling2_loop", "inkling2_loop_text"),
         _never,
-        "blocks of layers attend to the states of earlier blocks, through tensors outside the layers",
+        "blocks of layers run again and again, and what they hand to the next run has its weights in one tensor for all of them",
         fatal=True,
     ),
     Exceptional(("pi0",), _never, "two stacks run against each other, layer by layer", fatal=True),
@@ -258,6 +303,8 @@ DEEPSTACK = (
 
 def remarks(case: Case) -> list[str]:
     """What the reader should know of a stack that is exact."""
+    if case.model_type == "rwkv" and case.order[0] != 0:
+        return ["the norm of the embeddings, which layer 0 keeps (pre_ln), stays before the first layer"]
     kind = case.root.get("model_type")
     vision = case.root.get("vision_config")
     fed = vision.get("deepstack_visual_indexes") if isinstance(vision, Mapping) else None

@@ -1,7 +1,8 @@
 """Homes: weights that one layer keeps for others, and where they go when the layers move.
 
 T5 keeps its position bias in block 0, RWKV the norm of its embeddings; Zamba keeps the blocks that its hybrid layers share in the first
-of them. A new stack has such weights where its class looks for them, and nowhere else.
+of them. A new stack has such weights where its class looks for them, and nowhere else. The same for weights that a class gives to every
+layer but the first, or to the last one only.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ from layercut.stack import LayerRef
 from layercut.views import View
 
 # Weights of which every layer that uses them would have its own, if the first ones did not keep them for all.
-SHARED = re.compile(r"(^|\.)((global_)?relative_attention_bias\.weight$|shared_transf(ormer)?\.|pre_ln\.(weight|bias)$)")
+SHARED = re.compile(r"(^|\.)((global_)?relative_attention_bias\.weight$|shared_transf(ormer)?\.)")
+# The norm of the embeddings, which the first layer applies for them.
+EMBEDDED = re.compile(r"(^|\.)pre_ln\.(weight|bias)$")
 # An adapter of a shared block: one for every layer that uses the block, numbered by the rank of the layer among all that use one.
 ADAPTER = re.compile(r"^(.*_adapter_list\.)(\d+)(\..*)$")
 # Kinds of layers that use a shared block.
 HYBRID = ("hybrid", "g")
 # A tensor that only the last layer has, by model type. A new last layer gets one of zeros.
 LAST = {"gpt_neox_japanese": "attention.dense_bias"}
+# A tensor that every layer has but the first, by model type: how much of the router's state before it a layer takes. The first has none
+# to take, so it gets zeros where it stands behind others, and a new first layer loses its own.
+BEHIND_FIRST = {"zaya": "mlp.gate.router_states_scale"}
 
 
 class Added(NamedTuple):
@@ -45,22 +51,24 @@ class Home(NamedTuple):
 def homes(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
     """What changes, by the position in the new stack. Raises RefusedError when weights that are shared would serve other layers."""
     used = {layer.model: members[layer.model] for layer in order}
-    found = {**_shared(used, order), **_last(used, order)}
+    if len(used) > 1 and any(member.stack.shared for member in used.values()):
+        raise RefusedError("one set of weights serves several layers: they cannot be mixed with those of other models")
+    found = {**_shared(used, order), **_embedded(used, order), **_last(used, order), **_behind_first(used, order)}
     return {at: home for at, home in found.items() if home != Home()}
 
 
 def is_shared(rest: str) -> bool:
     """Whether a tensor, by its name below the layer, may belong to other layers too."""
-    return SHARED.search(rest) is not None or rest in LAST.values()
+    return any(words.search(rest) for words in (SHARED, EMBEDDED)) or rest in LAST.values() or rest in BEHIND_FIRST.values()
 
 
-def _by_layer(member: Member) -> dict[int, dict[str, Tensor]]:
-    """The shared tensors of every layer that keeps some."""
+def _by_layer(member: Member, words: re.Pattern[str]) -> dict[int, dict[str, Tensor]]:
+    """The tensors below layers that are called so, of every layer that keeps some."""
     found: dict[int, dict[str, Tensor]] = {}
     for tensor in member.checkpoint.tensors.values():
-        if SHARED.search(tensor.name):
+        if words.search(tensor.name):
             place = member.stack.place(tensor.name)
-            if place is not None and SHARED.search(place.rest):
+            if place is not None and words.search(place.rest):
                 found.setdefault(place.layer, {})[place.rest] = tensor
     return found
 
@@ -74,7 +82,7 @@ def _users(member: Member) -> list[int]:
 
 
 def _shared(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
-    keepers = {alias: (_by_layer(member), _users(member)) for alias, member in members.items()}
+    keepers = {alias: (_by_layer(member, SHARED), _users(member)) for alias, member in members.items()}
     sharing = {alias: (kept, users) for alias, (kept, users) in keepers.items() if 0 < len(kept) < len(users)}
     if not sharing:
         return {}
@@ -114,18 +122,43 @@ def _block(tensors: Mapping[str, Tensor], seats: Sequence[tuple[int, int]], seat
     return tuple(added)
 
 
+def _embedded(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
+    """The norm of the embeddings stands in the first layer: that of the model whose embeddings these are."""
+    norms = {alias: _by_layer(member, EMBEDDED) for alias, member in members.items()}
+    kept = {alias: found if len(found) == 1 < members[alias].stack.depth else {} for alias, found in norms.items()}
+    first = [Added(rest, tensor) for tensors in kept[order[0].model].values() for rest, tensor in tensors.items()]
+    found = {at: Home(frozenset(kept[layer.model].get(layer.index, ()))) for at, layer in enumerate(order)}
+    return {at: home._replace(added=() if at else tuple(first)) for at, home in found.items() if home.gone or (first and not at)}
+
+
+def _own(member: Member, table: Mapping[str, str]) -> tuple[str, dict[int, Tensor]]:
+    """The name below a layer that a table has for a model type, and the tensor of that name of every layer that has one."""
+    kind = config_node(member.checkpoint.config, member.stack.node).get("model_type")
+    rest = table.get(kind, "") if isinstance(kind, str) else ""
+    places = {name: member.stack.place(name) for name in member.checkpoint.tensors} if rest else {}
+    return rest, {
+        place.layer: member.checkpoint.tensors[name] for name, place in places.items() if place is not None and place.rest == rest
+    }
+
+
 def _last(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
     """Zeros for a new last layer whose class wants a tensor that only the old one had."""
-    first = members[order[0].model]
-    kind = config_node(first.checkpoint.config, first.stack.node).get("model_type")
-    rest = LAST.get(kind) if isinstance(kind, str) else None
-    if rest is None:
-        return {}
-    ends = {alias: member.stack.depth - 1 for alias, member in members.items()}
-    found = {at: Home(frozenset((rest,))) for at, layer in enumerate(order[:-1]) if layer.index == ends[layer.model]}
-    model, index = order[-1].model, order[-1].index
-    checkpoint, stack = members[model]
-    tensor = checkpoint.tensors.get(f"{stack.prefix}{ends[model]}.{rest}")
-    if tensor is not None and index != ends[model]:
-        found[len(order) - 1] = Home(added=(Added(rest, tensor, zero=True),))
+    own = {alias: _own(member, LAST) for alias, member in members.items()}
+    found = {at: Home(frozenset((own[layer.model][0],))) for at, layer in enumerate(order[:-1]) if layer.index in own[layer.model][1]}
+    rest, tensors = own[order[-1].model]
+    if tensors and order[-1].index not in tensors:
+        found[len(order) - 1] = Home(added=(Added(rest, next(iter(tensors.values())), zero=True),))
+    return found
+
+
+def _behind_first(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Home]:
+    """Zeros for layers that were the first of their model and are not any more; a new first layer does without its tensor."""
+    own = {alias: _own(member, BEHIND_FIRST) for alias, member in members.items()}
+    found: dict[int, Home] = {}
+    for at, layer in enumerate(order):
+        rest, tensors = own[layer.model]
+        if at == 0 and layer.index in tensors:
+            found[at] = Home(frozenset((rest,)))
+        elif at > 0 and tensors and layer.index not in tensors:
+            found[at] = Home(added=(Added(rest, next(iter(tensors.values())), zero=True),))
     return found

@@ -199,6 +199,7 @@ IMPLIED: tuple[Implied, ...] = (
     Implied(("beam", "glm5_next_text"), MLP_TYPES, _first(None, 3)),
     Implied(("inkling_text",), MLP_TYPES, _first("dense_mlp_idx", 0)),
     Implied(("inkling_text",), LAYER_TYPES, _inkling),
+    Implied(("inkling2_text",), LAYER_TYPES, _every(6, yes="hybrid", no="hybrid_sliding")),
     Implied(("deepseek_v4",), LAYER_TYPES, _compressed),
     Implied(("deepseek_v4",), MLP_TYPES, _first("num_hash_layers", 3, "hash_moe", "moe")),
     Implied(("beam",), LAYER_TYPES, _kinds(lambda node, index, depth: (index + 1) % 6 == 0 or index == depth - 1, F, S)),

@@ -11,11 +11,14 @@ from typing import Any
 from layercut.architecture import Member, find_stack
 from layercut.checkpoint import Checkpoint, Tensor
 from layercut.errors import LayercutError, RefusedError
+from layercut.homes import homes
 from layercut.plan import Edit
 from layercut.stack import LayerRef
 from layercut.surgery import operate
+from layercut.tables import gathered
 
 NAME = "model"
+RECIPE = "cut its checkpoint with a recipe"
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_index")
 """Names under which modules keep the index of their layer."""
 
@@ -52,15 +55,33 @@ def cut(model: Any, start: int, stop: int) -> None:
     depth = member.stack.depth
     if not 0 <= start < stop <= depth or stop - start == depth:
         raise LayercutError(f"[{start}, {stop}) is no block of a model of {depth} layers", hint="at least one layer must stay")
+    if member.stack.shared:
+        raise RefusedError("the layers of this model share their weights: there is no list of them", hint=RECIPE)
     if any(sibling.stride != 1 for sibling in member.stack.siblings):
-        raise RefusedError("this model keeps parts of every few layers in a list of its own", hint="cut its checkpoint with a recipe")
+        raise RefusedError("this model keeps parts of every few layers in a list of its own", hint=RECIPE)
     order = [index for index in range(depth) if not start <= index < stop]
-    surgery = operate(member.checkpoint.config_text, NAME, {NAME: member}, [LayerRef(model=NAME, index=index) for index in order])
+    stack = [LayerRef(model=NAME, index=index) for index in order]
+    surgery = operate(member.checkpoint.config_text, NAME, {NAME: member}, stack)
+    if member.stack.depth_key.form == "pairs":
+        raise RefusedError("the config of this model counts attention and MLP apart on disk only", hint=RECIPE)
+    if _moves_weights(member, stack):
+        raise RefusedError("weights that one layer, or one tensor, keeps for others would have to move", hint=RECIPE)
     for prefix in member.stack.prefixes:
         _keep(model, prefix.rstrip("."), order)
     for edit in surgery.edits:
         _write(model.config, edit)
     _follow_devices(model, member.stack.prefixes, order)
+
+
+def _moves_weights(member: Member, order: Sequence[LayerRef]) -> bool:
+    """Whether a tensor would change its layer, or lose a part for one of them."""
+    found = homes({NAME: member}, order)
+    if any(added.zero for home in found.values() for added in home.added):
+        return True
+    if any({added.rest for added in home.added} != home.gone for home in found.values()):
+        return True
+    outside = (tensor for name, tensor in member.checkpoint.tensors.items() if member.stack.place(name) is None)
+    return any(gathered(tensor, {NAME: member}, order) is not None for tensor in outside)
 
 
 def _keep(model: Any, name: str, order: Sequence[int]) -> None:

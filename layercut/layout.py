@@ -38,8 +38,8 @@ class Layout(NamedTuple):
 
 
 def layer_tensors(checkpoint: Checkpoint, stack: LayerStack) -> Mapping[int, tuple[Tensor, ...]]:
-    """The tensors of every layer, each in the order of its bytes."""
-    layers: dict[int, list[Tensor]] = defaultdict(list)
+    """The tensors of every layer, each in the order of its bytes; of layers that share their weights, none."""
+    layers: dict[int, list[Tensor]] = defaultdict(list, {index: [] for index in range(stack.depth)} if stack.shared else {})
     for tensor in checkpoint.tensors.values():
         place = stack.place(tensor.name)
         if place is not None:
@@ -103,9 +103,13 @@ class Layouter:
             yield self._entry(part.name, (part.tensor,), (self._whole(part.model),), factors(scalings, part.tensor.name))
 
     def _layer(self, layer: LayerRef, position: int) -> Iterator[Entry]:
+        stack = self.members[layer.model].stack
+        if stack.shared and not layer.plain:
+            raise RefusedError(
+                "one set of weights serves several layers: none of them can be changed by itself", where=f"layer {layer.index}"
+            )
         if layer.fitted is not None:
             return
-        stack = self.members[layer.model].stack
         shares = layer.shares or (Share(model=layer.model, index=layer.index, weight=1),)
         tables = [self._by_rest(share.model, share.index) for share in shares]
         for part in sorted({part for table in tables for part in table}):

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any, NamedTuple
 
-from layercut.architecture import NUMBER, OTHER_STACKS, LayerStack, Member, config_node, numbered_prefixes
+from layercut.architecture import NUMBER, LayerStack, Member, config_node
 from layercut.checkpoint import Checkpoint, read_text
 from layercut.errors import CheckpointError, RefusedError
 from layercut.header import parse_json, quoted
 from layercut.jsontext import replace
+from layercut.naming import MARKERS, Naming, Spot, is_pattern, is_regex
 from layercut.plan import Edit
 from layercut.stack import LayerRef
 
@@ -26,15 +26,8 @@ ROOTS = ("quantization_config", "compression_config", "quantization")
 SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files beside config.json that say it again, for other readers."""
 
-MARKERS = ("re:", "+:", "-:")
-"""Before a regex: compressed-tensors, and GPTQModel, where `-:` excludes."""
-# Components that stand before the layers in one loader and not in another.
-WRAPPERS = ("model", "language_model", "text_model", "llm", "transformer", "backbone")
 # A repeated group that repeats inside: it may take for ever to find that nothing matches.
 ENDLESS = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
-PREFIXES = ("model.", "", "model.language_model.", "language_model.model.")
-
-Names = Sequence[str]
 
 
 class Followed(NamedTuple):
@@ -43,77 +36,6 @@ class Followed(NamedTuple):
     edits: tuple[Edit, ...] = ()
     texts: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
-
-
-class Spot(NamedTuple):
-    """Where a name says which layer it means: a span of its text, and the layer."""
-
-    start: int
-    stop: int
-    layer: int
-
-
-class Naming:
-    """How names speak of the layers of one model."""
-
-    def __init__(self, stack: LayerStack, tensors: Collection[str] = ()) -> None:
-        self.stack, self.tensors = stack, tensors
-        *before, container, _ = ["", *stack.prefix.split(".")] if stack.prefix else ["", "", ""]
-        self.parts, self.container = {part for part in before if part}, container
-        self._spot = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(container)}\\?\.({NUMBER})(?=\\?\.|\$|$)") if container else None
-
-    def spot(self, text: str) -> Spot | None:
-        """The layer that a name means, when one literal index says it. None for other names, and for patterns that may mean several."""
-        if self._spot is None or (_is_regex(text) and re.search(r"[|(?{]", text)):
-            return None
-        found = [match for match in self._spot.finditer(text) if self._is_ours(text[: match.start()])]
-        if not found or (len(found) > 1 and _is_pattern(text)):
-            return None
-        first = found[0]
-        if text.startswith(MARKERS) and re.match(r"\.[*+]", text[first.end() :]):  # "layers.1.*" means layer 10 too
-            return None
-        return Spot(first.start(1), first.end(1), int(first[1]))
-
-    def touches(self, text: str) -> bool:
-        """Whether a pattern has digits where a layer index would stand."""
-        text = re.sub(r"(\[0-9\]|\\d)[+*]", "", text)  # any number
-        return self._spot is not None and bool(re.search(rf"(?<![A-Za-z0-9_]){re.escape(self.container)}\\?\.[(\[]*(\?:)?[0-9\[]", text))
-
-    def _is_ours(self, head: str) -> bool:
-        """Whether what stands before the container leads to this stack, under the names of the file or of a loader."""
-        for marker in MARKERS:
-            head = head.removeprefix(marker)
-        parts = [part for part in head.removeprefix("^").replace("\\.", ".").split(".") if part]
-        if any(re.search(r"[*?\[\]+]", part) for part in parts):
-            return not self._has_twin and not OTHER_STACKS.search(head)
-        return all(part in self.parts or part in WRAPPERS for part in parts)
-
-    @cached_property
-    def _has_twin(self) -> bool:
-        """Whether another stack of the file is called the same, so that a wildcard before the name means both."""
-        prefixes = numbered_prefixes(self.tensors)
-        return any(prefix != self.stack.prefix and f".{prefix}".endswith(f".{self.container}.") for prefix in prefixes)
-
-    @cached_property
-    def modules(self) -> Mapping[int, Names]:
-        """Names of the modules of each layer below its index, the empty name for the layer itself."""
-        found: dict[int, dict[str, None]] = {}
-        for name in self.tensors:
-            place = self.stack.place(name)
-            if place is not None:
-                found.setdefault(place.layer, {"": None}).update(dict.fromkeys(_ancestors(place.rest)))
-        return {index: list(names) for index, names in found.items()}
-
-    @cached_property
-    def outside(self) -> Names:
-        """Names of the modules outside the stack."""
-        names = (name for name in self.tensors if self.stack.place(name) is None)
-        return list(dict.fromkeys(module for name in names for module in _ancestors(name)))
-
-    @cached_property
-    def prefixes(self) -> Names:
-        """Prefixes that the layers may have: that of the file first, then those of loaders."""
-        return list(dict.fromkeys([self.stack.prefix, *(f"{prefix}{self.container}." for prefix in PREFIXES)]))
 
 
 class _Follower:
@@ -179,7 +101,7 @@ class _Follower:
         if re.match(rf"{NUMBER}(\.|$)", name):
             note = f"{where} names {quoted(name)}, which may mean a layer by its number alone: left as it is"
             self.notes += [note] if note not in self.notes else []
-        if not _is_pattern(name) or not re.search(r"[0-9?]|\\d", name):
+        if not is_pattern(name) or not re.search(r"[0-9?]|\\d", name):
             return [name]
         return self._follow_pattern(name, where)
 
@@ -191,19 +113,19 @@ class _Follower:
             raise RefusedError(
                 f"{where} holds {quoted(pattern)}, which is no regex that can be tried", hint="replace it by the names that it means"
             )
-        for prefix in own.prefixes:
-            moved: list[tuple[str, str]] = []
-            for at, layer in enumerate(self.order):
-                for rest in self.naming[layer.model].modules.get(layer.index, ()):
-                    tail = f".{rest}" if rest else ""
-                    moved.append((f"{prefix}{layer.index}{tail}", f"{prefix}{at}{tail}"))
+        for prefixes in own.prefixes:
+            moved = [
+                (own.named(prefixes, module, layer.index), own.named(prefixes, module, at))
+                for at, layer in enumerate(self.order)
+                for module in self.naming[layer.model].modules.get(layer.index, ())
+            ]
             hits = [new for old, new in moved if matches(old)]
             if hits or any(matches(new) for _, new in moved):
                 if all(matches(old) == matches(new) for old, new in moved):
                     return [pattern]
                 return [_exact(pattern, name, where) for name in _outermost([*filter(matches, own.outside), *hits])]
         elsewhere = any(map(matches, own.outside))
-        ever = any(matches(f"{p}{i}.{rest}") for p in own.prefixes for i, rests in own.modules.items() for rest in rests)
+        ever = any(matches(own.named(p, m, i)) for p in own.prefixes for i, modules in own.modules.items() for m in modules)
         if not ever and not elsewhere and own.touches(pattern):
             message = f"{where} holds {quoted(pattern)}, which speaks of layers by number and matches no module of the file"
             raise RefusedError(message, hint="replace it by the names that it means")
@@ -331,20 +253,12 @@ def _path(edit: Edit) -> tuple[str, ...]:
 
 
 def _renamed(name: str, spot: Spot, at: int) -> str:
-    return f"{name[: spot.start]}{at}{name[spot.stop :]}"
-
-
-def _is_regex(text: str) -> bool:
-    return text.startswith(MARKERS) or bool(re.search(r"[\\^$()|+{}]", text))
-
-
-def _is_pattern(text: str) -> bool:
-    return _is_regex(text) or bool(re.search(r"[*?\[]", text))
+    return f"{name[: spot.start]}{at // spot.stride}{name[spot.stop :]}"
 
 
 def _matcher(pattern: str) -> Callable[[str], bool] | None:
     """Whether a name is meant by a pattern, as the readers of such patterns decide it; None for a regex that is none, or has no end."""
-    regex = _is_regex(pattern)
+    regex = is_regex(pattern)
     if not regex and ".*" not in pattern:
         return lambda name: fnmatchcase(name, pattern)
     bare = pattern[3 if pattern.startswith("re:") else 2 :] if pattern.startswith(MARKERS) else pattern
@@ -363,15 +277,6 @@ def _exact(pattern: str, name: str, where: str) -> str:
         marker = pattern[:2] if pattern.startswith(MARKERS) else ""
         return f"{marker}^{re.escape(name)}$"
     return name
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    """The modules that a tensor is part of, the outermost first: `a.b.weight.absmax` is part of a and a.b."""
-    parts = name.split(".")[:-1]
-    if "weight" in parts:
-        parts = parts[: parts.index("weight")]
-    for count in range(1, len(parts) + 1):
-        yield ".".join(parts[:count])
 
 
 def _outermost(names: Iterable[str]) -> list[str]:

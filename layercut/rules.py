@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from layercut.anatomy import NUMBER
+from layercut.anatomy import NUMBER, in_pairs
 
 Values = Sequence[Any]
 
@@ -84,6 +84,11 @@ def _rekey(entries: Values, old: Any) -> Any:
     return {str(index).zfill(width if padded else 1): item for index, item in enumerate(entries) if item is not None}
 
 
+def _pairs(value: Any, depth: int) -> Values | None:
+    """The attention and the MLP of every layer, one behind the other."""
+    return list(zip(value[::2], value[1::2], strict=True)) if in_pairs(value, 2 * depth) else None
+
+
 def _letters(value: Any, depth: int) -> Values | None:
     return list(value) if isinstance(value, str) and len(value) == depth else None
 
@@ -132,6 +137,7 @@ PREFIX = Rule("number of first layers", _prefix, _count_prefix)
 SUFFIX = Rule("number of last layers", _suffix, _count_suffix)
 PERIOD = Rule("period of layers", _phase, _same_phase)
 KEYED = Rule("entries by layer index", _keyed, _rekey)
+PAIRS = Rule("two entries a layer", _pairs, lambda entries, old: [part for pair in entries for part in pair])
 LETTERS = Rule("one letter a layer", _letters, lambda entries, old: "".join(entries))
 CYCLE = Rule("pattern that starts again", _cycle, _recycled)
 RUNS = Rule("kinds of layers and their repeats", _runs, _run_again)
@@ -140,7 +146,7 @@ RUNS = Rule("kinds of layers and their repeats", _runs, _run_again)
 RULES: Mapping[str, tuple[Rule, ...]] = {
     **dict.fromkeys(
         (
-            "layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "layer_rope_theta", "indexer_types",
+            "mlp_layer_types", "layers_block_type", "no_rope_layers", "layer_rope_theta", "indexer_types",
             "num_attention_heads_per_layer", "moe_topk", "num_experts", "num_shared_expert", "moe_intermediate_size", "swiglu_limits",
             "swiglu_limits_shared", "intermediate_size", "activation_sparsity_pattern", "attention_window", "attention_layers",
             "compress_ratios", "rope_theta", "partial_rotary_factors", "num_key_value_heads", "num_attention_heads", "hybrid_layer_pattern",
@@ -149,6 +155,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         ),
         (LIST,),
     ),
+    "layer_types": (LIST, PAIRS),
     **dict.fromkeys(("moe_layer_freq", "sparse_attention_freq"), (LIST, PERIOD)),
     **dict.fromkeys(
         (

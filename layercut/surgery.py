@@ -123,8 +123,8 @@ class _Surgeon:
         edits = []
         for key in (self.stack.depth_key, *self.stack.aliases):
             if key.form != "length" and (key.depth != len(self.order) or key.form == "absent"):
-                before = None if key.form == "absent" else key.depth
-                edits.append(Edit(key=str(key), before=before, after=len(self.order), reason="depth"))
+                before = None if key.form == "absent" else key.spelled(key.depth)
+                edits.append(Edit(key=str(key), before=before, after=key.spelled(len(self.order)), reason="depth"))
         other = FALLBACK.get(self.stack.depth_key.key)
         if self.stack.name == "encoder" and other is not None and self.view.written.get(other) is None:
             why = "depth of the decoder, which was read from that of the encoder"
@@ -265,7 +265,10 @@ def refused_cuts(member: Member) -> dict[str, list[int]]:
     return found
 
 
-FORMS = {"number": "depth", "absent": "depth, the default of the class", "length": "its length is the depth"}
+FORMS = {
+    "number": "depth", "absent": "depth, the default of the class", "length": "its length is the depth",
+    "pairs": "depth, of which attention and MLP are counted apart",
+}  # fmt: skip
 
 
 class Dependent(NamedTuple):
@@ -279,7 +282,7 @@ class Dependent(NamedTuple):
 def dependents(member: Member) -> list[Dependent]:
     """Every value of a config that `operate` would make follow a new stack, the depth first."""
     view, stack = View(member), member.stack
-    found = [Dependent(str(key), key.depth, FORMS[key.form]) for key in (stack.depth_key, *stack.aliases)]
+    found = [Dependent(str(key), key.spelled(key.depth), FORMS[key.form]) for key in (stack.depth_key, *stack.aliases)]
     claimed: set[str] = set()
     for pattern in PATTERNS:
         if pattern.applies(view.node, stack) and pattern.decode(view.node, stack.depth) is not None:

@@ -19,6 +19,7 @@ TOWERS: tuple[tuple[str, str], ...] = (
     ("depth_decoder", r"depth_decoder"),
     ("qformer", r"qformer"),
     ("action", r"action_expert|gemma_expert|\bdit\b|dit_"),
+    ("patcher", r"patcher"),
     ("projector", r"projector|resampler|connector|aligner\b|adapter_layers"),
     ("codec", r"\bvq|codec|quantizer|vocoder"),
     ("vision", r"vision|visual|vit\b|image|video_tower"),

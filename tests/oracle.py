@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,10 +114,12 @@ def stacks(model: Any, depth: int) -> dict[str, list[str]]:
     lists = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and not zoo.TOWER.search(name)
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and not zoo.TOWER.search(name.removeprefix("perceiver."))
     ]
     lists = [name for name in lists if not any(name != other and re.match(re.escape(other) + r"\.\d+\.", name) for other in lists)]
-    sides = {name: re.search(r"(?:^|\.)(?:text_)?(encoder|decoder)\.", name) for name in lists}  # the first word: a decoder may be a BERT
+    sides = {
+        name: re.search(r"(?:^|\.)(?:text_|local_)?(encoder|decoder)\.", name) for name in lists
+    }  # the first word: a decoder may be a BERT
     encoders, decoders = (
         [name for name, side in sides.items() if side is not None and side[1] == wanted] for wanted in ("encoder", "decoder")
     )
@@ -124,16 +127,29 @@ def stacks(model: Any, depth: int) -> dict[str, list[str]]:
         weights = [
             {weight.data_ptr() for name in side for weight in model.get_submodule(name).parameters()} for side in (encoders, decoders)
         ]
-        return {"": lists} if weights[0] & weights[1] else {"decoder": decoders, "encoder": encoders}  # one set of layers may serve both
+        if weights[0] & weights[1]:  # one set of layers serves both
+            return {"": lists}
+        others = [name for name, side in sides.items() if side is None]
+        return {**({"": others} if others else {}), "decoder": decoders, "encoder": encoders}
     return {"": lists}
+
+
+DELETED = ("SqueezeBertEncoder", "ZayaModel", "BltLocalDecoder", "BltLocalEncoder", "Inkling2TextModel", "PegasusXEncoder")
+"""Classes whose layers are taken out of their lists: no hook sees all that a layer hands on, or the parts of a layer are in two lists."""
 
 
 @contextmanager
 def skipped(model: Any, lists: Sequence[str], layers: Sequence[int]) -> Iterator[None]:
     """The model with these layers skipped in place: each gives its input where its output was."""
+    groups = _groups(model)
+    if groups is not None:
+        with _called(groups, {layer: 0 for layer in layers}):
+            yield
+        return
     parent = model.get_submodule(lists[0].rpartition(".")[0]) if lists else None
-    if (len(lists) > 1 and hasattr(parent, "n_layers")) or type(parent).__name__ == "SqueezeBertEncoder":  # it calls layer.forward
-        with _shortened(parent, lists, layers):
+    if (len(lists) > 1 and hasattr(parent, "n_layers")) or type(parent).__name__ in DELETED:
+        kept = [at for at in range(len(model.get_submodule(lists[0]))) if at not in layers]
+        with _rearranged(parent, lists, kept, [True] * len(kept)):
             yield
         return
     handles = []
@@ -147,25 +163,63 @@ def skipped(model: Any, lists: Sequence[str], layers: Sequence[int]) -> Iterator
             handle.remove()
 
 
+def _groups(model: Any) -> Any:
+    """The module that runs groups of weights in turns, one call a layer, or None."""
+    return next((module for module in model.modules() if hasattr(module, "albert_layer_groups")), None)
+
+
 @contextmanager
-def _shortened(parent: Any, lists: Sequence[str], layers: Sequence[int]) -> Iterator[None]:
-    """The model without these layers: where the parts of a layer stand in lists of their own, no hook sees what is between them."""
+def _called(groups: Any, times: Mapping[int, int]) -> Iterator[None]:
+    """Groups of weights in turns, of which the call of some layers is made another number of times than once."""
+    calls = itertools.count()
+
+    def run(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        layer = next(calls)
+        hidden = args[0] if times.get(layer) == 0 else output
+        for _ in range(times.get(layer, 1) - 1):
+            hidden = module.forward(hidden, *args[1:], **kwargs)
+        return hidden
+
+    def start(module: Any, args: Any) -> None:
+        nonlocal calls
+        calls = itertools.count()
+
+    handles = [groups.register_forward_pre_hook(start)]
+    handles += [group.register_forward_hook(run, with_kwargs=True) for group in groups.albert_layer_groups]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _rearranged(parent: Any, lists: Sequence[str], order: Sequence[int], own: Sequence[bool], other: Any = None) -> Iterator[None]:
+    """The model with other layers in its lists: of itself, and where `own` does not hold, of another model."""
     names = [name.rpartition(".")[2] for name in lists]
-    own = {name: getattr(parent, name) for name in names}
-    depth = getattr(parent, "n_layers", 0)
-    parent.n_layers = depth - len(layers)
-    for name in names:
-        setattr(parent, name, torch.nn.ModuleList(part for at, part in enumerate(own[name]) if at not in layers))
+    before = {name: getattr(parent, name) for name in names}
+    depth, kinds = getattr(parent, "n_layers", 0), getattr(getattr(parent, "config", None), "layer_types", None)
+    parent.n_layers = depth - len(before[names[0]]) + len(order)
+    for name, whole in zip(names, lists, strict=True):
+        theirs = None if other is None else other.get_submodule(whole)
+        setattr(parent, name, torch.nn.ModuleList((before[name] if mine else theirs)[at] for at, mine in zip(order, own, strict=True)))
+    if kinds is not None:
+        parent.config.layer_types = [kinds[at] for at in order]
     try:
         yield
     finally:
         parent.n_layers = depth
         for name in names:
-            setattr(parent, name, own[name])
+            setattr(parent, name, before[name])
+        if kinds is not None:
+            parent.config.layer_types = kinds
 
 
 def _through(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    return _replaced(output, hidden_of(args, kwargs), kwargs)
+    hidden = hidden_of(args, kwargs)
+    if hasattr(module, "pre_ln"):  # the norm of the embeddings of RWKV, which its first layer applies for them
+        hidden = module.pre_ln(hidden)
+    return _replaced(output, hidden, kwargs)
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -190,12 +244,46 @@ def _states(output: Any) -> torch.Tensor:
     return states
 
 
+def _brought(model: Any, other: Any, lists: Sequence[str], block: Sequence[int]) -> dict[int, Any]:
+    """What layers of another model bring along beside their own weights: their parts of the tables with one part a layer."""
+    parent, theirs = (one.get_submodule(lists[0].rpartition(".")[0]) for one in (model, other))
+    tables = {name: getattr(parent, name) for name in ("embed_tokens_per_layer", "per_layer_model_projection") if hasattr(parent, name)}
+    found: dict[int, Any] = {}
+
+    def seen(layer: int) -> Any:
+        return lambda module, args: found.__setitem__(layer, args[1])
+
+    handles = [model.get_submodule(lists[0])[layer].register_forward_pre_hook(seen(layer)) for layer in block if tables]
+    for name in tables:
+        setattr(parent, name, getattr(theirs, name))
+    if tables:
+        logits(model)
+    for name, table in tables.items():
+        setattr(parent, name, table)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
 @contextmanager
 def again(model: Any, lists: Sequence[str], block: Sequence[int], other: Any = None) -> Iterator[None]:
     """The model with a block of layers run twice, in place: each with what it was called with the first time, but for the hidden states.
 
     The second time the layers may be those of another model.
     """
+    groups = _groups(model)
+    if groups is not None and other is None and len({group for group in groups.albert_layer_groups}) == 1:
+        with _called(groups, {layer: 2 for layer in block}):  # all layers are one: it does not matter which of them runs again
+            yield
+        return
+    parent = model.get_submodule(lists[0].rpartition(".")[0]) if lists else None
+    if type(parent).__name__ in DELETED[1:]:
+        before, behind = range(block[-1] + 1), range(block[-1] + 1, len(model.get_submodule(lists[0])))
+        own = [True] * len(before) + [other is None] * len(block) + [True] * len(behind)
+        with _rearranged(parent, lists, [*before, *block, *behind], own, other):
+            yield
+        return
+    brought = _brought(model, other, lists, block) if other is not None and lists else {}
     handles = []
     for name in lists:
         first, second = (list((lender or model).get_submodule(name)) for lender in (model, other))
@@ -208,6 +296,7 @@ def again(model: Any, lists: Sequence[str], block: Sequence[int], other: Any = N
             hidden = _states(output)
             for layer in block:
                 old, named = calls[layer]
+                old = (old[0], brought[layer], *old[2:]) if layer in brought else old
                 made = (
                     layers[layer].forward(hidden, *old[1:], **named) if old else layers[layer].forward(**{**named, "hidden_states": hidden})
                 )

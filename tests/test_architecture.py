@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from conftest import write_checkpoint
 
+from layercut.anatomy import in_pairs
 from layercut.architecture import find_stack
 from layercut.checkpoint import Checkpoint, open_checkpoint
 from layercut.errors import CheckpointError
@@ -51,6 +52,32 @@ LLAMA = (
             {"num_layers": 2},
             ("model.layers.{2}.self_attn.{2}.q.weight", "model.layers.{2}.mlps.{2}.up.weight", "model.norm.weight"),
             "model.layers.", "num_layers", 2, 0,
+        ),
+        # one key counts the layers, another how often they run (perceiver)
+        (
+            {"num_blocks": 3, "num_self_attends_per_block": 3}, ("perceiver.encoder.self_attends.{3}.mlp.w", "perceiver.embeddings.w"),
+            "perceiver.encoder.self_attends.", "num_self_attends_per_block", 3, 0,
+        ),
+        # attention and MLP of a layer, counted apart but stored as one (dory)
+        (
+            {"num_hidden_layers": 4, "layer_types": ["full_attention", "mlp"] * 2}, ("backbone.layers.{2}.mlp.up_proj.weight",),
+            "backbone.layers.", "num_hidden_layers", 2, 0,
+        ),
+        (
+            {"num_hidden_layers": 1, "layer_types": ["full_attention"], "num_nextn_predict_layers": 1}, ("model.layers.{2}.mlp.w",),
+            "model.layers.", "num_hidden_layers", 1, 1,
+        ),
+        # layers that take their weights from one group (albert)
+        (
+            {"num_hidden_layers": 4}, ("albert.encoder.albert_layer_groups.{1}.albert_layers.{1}.ffn.weight",),
+            "albert.encoder.albert_layer_groups.", "num_hidden_layers", 4, 0,
+        ),
+        # the language model between the local models of bytes, and none of them (blt)
+        (
+            {f"{name}_config": {"num_hidden_layers": 3} for name in ("encoder", "decoder", "global", "patcher")},
+            ("model.patcher.layers.{3}.w", "model.local_encoder.layers.{3}.w", "model.global_transformer.layers.{3}.w",
+             "model.local_decoder.layers.{3}.w"),
+            "model.global_transformer.layers.", "global_config.num_hidden_layers", 3, 0,
         ),
         # a vision tower of the same depth
         (
@@ -167,3 +194,21 @@ def test_strange_numbers_are_no_layers(tmp_path: Path, name: str) -> None:
 def test_models_of_transformers(tiny: Any, kind: str, prefix: str, key: str) -> None:
     stack = find_stack(open_checkpoint(tiny(kind, layers=6)))
     assert (stack.prefix, str(stack.depth_key), stack.depth) == (prefix, key, 6)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "length", "paired"),
+    [
+        (["a", "mlp", "b", "mlp"], 4, True),
+        (["a", "mlp", "b", "mlp"], 6, False),
+        (["a", "mlp", "b"], 3, False),
+        (["a"], 1, False),
+        ([], 0, False),
+        (["mlp", "mlp"], 2, False),
+        (["mlp", "a"], 2, False),
+        ("amlp", 4, False),
+        (None, 2, False),
+    ],
+)
+def test_kinds_of_attention_and_mlp_in_turns(kinds: Any, length: int, paired: bool) -> None:
+    assert in_pairs(kinds, length) is paired

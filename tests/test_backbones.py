@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import zoo
 
 from layercut.architecture import find_stack
 from layercut.checkpoint import open_checkpoint
@@ -160,3 +161,22 @@ def test_a_model_is_given_only_what_it_takes() -> None:
 
     assert list(given(Plain(), IDS, MASK)) == ["input_ids", "attention_mask"]
     assert list(given(Both(), IDS, MASK)) == ["input_ids", "use_cache", "decoder_input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "message"),
+    [
+        ("dory", "causal", "the layers of model 'm' do not run once each, in order; it cannot be measured"),
+        ("hrm_text", "causal", "the layers of model 'm' do not run once each, in order; it cannot be measured"),
+        ("blt", "causal", "boundary 0 of model 'm' is no tensor of (samples, tokens, hidden); this architecture cannot be measured"),
+        ("albert", "masked", "AlbertModel has no list of 6 layers"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_layers_in_loops_are_cut_but_not_measured(kind: str, task: str, message: str, tmp_path: Path) -> None:
+    zoo.tiny_model(kind, task).save_pretrained(tmp_path)
+    stack = find_stack(open_checkpoint(tmp_path))
+    with pytest.raises(CheckpointError) as caught:
+        runner = Runner("m", load_backbone(tmp_path, CPU, "float32"), stack.depth, stack.prefix)
+        runner.states([], IDS[:1], MASK[:1], MASK[:1].bool())
+    assert message in str(caught.value)

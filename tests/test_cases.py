@@ -40,6 +40,15 @@ def written(out: Path) -> dict[str, int]:
         return {name: int(file.get_tensor(name).ravel()[0]) for name in file.keys()}  # noqa: SIM118 - it is no mapping
 
 
+def values(out: Path, name: str) -> list[float]:
+    """The values of a tensor."""
+    from safetensors import safe_open
+
+    with safe_open(out / "model.safetensors", "np") as file:
+        found: list[float] = file.get_tensor(name).ravel().tolist()
+        return found
+
+
 def test_minicpm3_keeps_its_residual_scale(tmp_path: Path) -> None:
     source = model(tmp_path / "m", {"model_type": "minicpm3", "num_hidden_layers": 6, "scale_depth": 1.4}, "model.layers.:6")
     config = cut(source, tmp_path / "out", 2)
@@ -95,6 +104,129 @@ def test_xlm_keeps_its_layers_in_four_lists(tmp_path: Path) -> None:
     assert cut(source, tmp_path / "out", 1)["n_layers"] == 3
     found = written(tmp_path / "out")
     assert all([found[f"{name[:-1].rstrip(':')}{at}.w"] for at in range(3)] == [0, 2, 3] for name in lists)
+
+
+def test_zaya_has_no_router_state_before_its_first_layer(tmp_path: Path) -> None:
+    scales = {f"model.layers.{at}.mlp.gate.router_states_scale": ("F32", (1,), bytes([0, 0, 0, 60 + at])) for at in range(1, 4)}
+    source = model(tmp_path / "m", {"model_type": "zaya", "num_hidden_layers": 4}, "model.layers.:4", **scales)
+    cut(source, tmp_path / "out", 0)
+    names = {name for name in written(tmp_path / "out") if "scale" in name}
+    assert names == {f"model.layers.{at}.mlp.gate.router_states_scale" for at in (1, 2)}
+    turned = {
+        "slices": [{"model": str(source), "layer_range": [start, start + 1]} for start in (2, 0, 3)],
+        "output": str(tmp_path / "turned"),
+    }
+    run_recipe(Recipe.model_validate(turned), progress=False)
+    data = (tmp_path / "turned" / "model.safetensors").read_bytes()
+    assert written(tmp_path / "turned")["model.layers.1.w"] == 0
+    assert bytes([0, 0, 0, 63]) in data and bytes([0, 0, 0, 62]) not in data  # layer 0 takes nothing of the state: a scale of zero
+    assert values(tmp_path / "turned", "model.layers.1.mlp.gate.router_states_scale") == [0.0]
+
+
+def albert(folder: Path) -> Path:
+    given = {"model_type": "albert", "num_hidden_layers": 6, "num_hidden_groups": 1}
+    return model(
+        folder, given, "albert.encoder.albert_layer_groups.:1", **{"albert.embeddings.word_embeddings.weight": ("U8", (2,), b"ww")}
+    )
+
+
+def test_albert_has_a_number_of_layers_only(tmp_path: Path) -> None:
+    source = albert(tmp_path / "m")
+    for gone in ((0,), (1, 4), (2, 3, 5)):
+        assert cut(source, tmp_path / f"{len(gone)}", *gone)["num_hidden_layers"] == 6 - len(gone)
+    names = ["albert.embeddings.word_embeddings.weight", "albert.encoder.albert_layer_groups.0.w"]
+    assert list(written(tmp_path / "3")) == sorted(names)
+    asked = {"model": str(source), "steps": [{"duplicate": {"at": [2, 3]}}], "output": str(tmp_path / "more")}
+    run_recipe(Recipe.model_validate(asked), progress=False)
+    assert json.loads((tmp_path / "more" / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == 8
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            {"slices": [{"model": "m", "layer_range": [0, 3]}, {"model": "n", "layer_range": [3, 6]}]},
+            "one set of weights serves several layers: they cannot be mixed with those of other models",
+        ),
+        (
+            {"model": "m", "steps": [{"merge": {"at": [1, 2]}}]},
+            "layer 1: one set of weights serves several layers: none of them can be changed by itself",
+        ),
+    ],
+)
+def test_layers_of_albert_are_not_changed_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Any, message: str) -> None:
+    for name in ("m", "n"):
+        albert(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LayercutError) as caught:
+        run_recipe(Recipe.model_validate({**recipe, "output": "out"}), progress=False)
+    assert message in str(caught.value)
+
+
+def test_rwkv_norms_its_embeddings_before_the_first_layer_whichever_it_is(tmp_path: Path) -> None:
+    norm = {"rwkv.blocks.0.pre_ln.weight": ("U8", (4,), b"norm")}
+    source = model(tmp_path / "m", {"model_type": "rwkv", "num_hidden_layers": 4}, "rwkv.blocks.:4", **norm)
+    for gone in (0, 2):
+        cut(source, tmp_path / f"{gone}", gone)
+        found = written(tmp_path / f"{gone}")
+        assert [name for name in found if "pre_ln" in name] == ["rwkv.blocks.0.pre_ln.weight"]
+        assert found["rwkv.blocks.0.pre_ln.weight"] == ord("n") and found["rwkv.blocks.0.w"] == (gone == 0)
+
+
+def test_inkling2_keeps_the_queries_of_its_layers_beside_them(tmp_path: Path) -> None:
+    queries = {f"model.llm.attn_res.attn_queries.{at}": ("U8", (1,), bytes([10 + at])) for at in range(3)}
+    queries |= {f"model.llm.attn_res.mlp_queries.{at}": ("U8", (1,), bytes([20 + at])) for at in range(4)}
+    queries["model.llm.attn_res.output_query"] = ("U8", (1,), b"q")
+    given = {"model_type": "inkling2_text", "num_hidden_layers": 4, "n_layers_per_attn_res_block": 2, "layer_types": ["hybrid"] * 4}
+    source = model(tmp_path / "m", given, "model.llm.layers.:4", **queries)
+    config = cut(source, tmp_path / "out", 2)
+    assert (config["num_hidden_layers"], config["n_layers_per_attn_res_block"]) == (3, 3)
+    assert {name.removeprefix("model.llm."): value for name, value in written(tmp_path / "out").items()} == {
+        "layers.0.w": 0, "layers.1.w": 1, "layers.2.w": 3,
+        "attn_res.attn_queries.0": 10, "attn_res.attn_queries.1": 12,
+        "attn_res.mlp_queries.0": 20, "attn_res.mlp_queries.1": 21, "attn_res.mlp_queries.2": 23,
+        "attn_res.output_query": ord("q"),
+    }  # fmt: skip
+
+
+def test_blt_is_cut_in_its_middle_unless_another_stack_is_asked_for(tmp_path: Path) -> None:
+    given = {"model_type": "blt", **{f"{name}_config": {"num_hidden_layers": 3} for name in ("encoder", "decoder", "global", "patcher")}}
+    stacks = (
+        "local_encoder.layers",
+        "local_decoder.cross_attn_layers",
+        "local_decoder.layers",
+        "global_transformer.layers",
+        "patcher.layers",
+    )
+    source = model(tmp_path / "m", given, *(f"model.{name}.:3" for name in stacks))
+    assert cut(source, tmp_path / "out", 1) == {**given, "global_config": {"num_hidden_layers": 2}}
+    found = written(tmp_path / "out")
+    assert found["model.global_transformer.layers.1.w"] == 2 and found["model.local_decoder.layers.1.w"] == 1
+    assert cut(source, tmp_path / "decoder", 1, stack="decoder")["decoder_config"] == {"num_hidden_layers": 2}
+    found = written(tmp_path / "decoder")
+    assert all(found[f"model.local_decoder.{name}.1.w"] == 2 for name in ("layers", "cross_attn_layers"))
+    assert found["model.global_transformer.layers.1.w"] == 1
+    assert cut(source, tmp_path / "patcher", 1, stack="patcher")["patcher_config"] == {"num_hidden_layers": 2}
+
+
+def test_norms_of_that_name_that_every_layer_has_are_of_the_layers(tmp_path: Path) -> None:
+    norms = {f"model.layers.{at}.pre_ln.weight": ("U8", (1,), bytes([10 + at])) for at in range(4)}
+    source = model(tmp_path / "m", {"model_type": "novel", "num_hidden_layers": 4}, "model.layers.:4", **norms)
+    cut(source, tmp_path / "out", 0)
+    found = written(tmp_path / "out")
+    assert [found[f"model.layers.{at}.pre_ln.weight"] for at in range(3)] == [11, 12, 13]
+
+
+def test_a_stack_of_two_rwkv_norms_the_embeddings_that_it_has(tmp_path: Path) -> None:
+    names = {"a": b"a", "b": b"b"}
+    for name, label in names.items():
+        norm = {"rwkv.blocks.0.pre_ln.weight": ("U8", (1,), label)}
+        model(tmp_path / name, {"model_type": "rwkv", "num_hidden_layers": 3}, "rwkv.blocks.:3", **norm)
+    slices = [{"model": str(tmp_path / name), "layer_range": span} for name, span in (("a", [1, 3]), ("b", [0, 2]))]
+    run_recipe(Recipe.model_validate({"slices": slices, "output": str(tmp_path / "out")}), progress=False)
+    found = written(tmp_path / "out")
+    assert {name: value for name, value in found.items() if "pre_ln" in name} == {"rwkv.blocks.0.pre_ln.weight": ord("a")}
+    assert [found[f"rwkv.blocks.{at}.w"] for at in range(4)] == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize(("gone", "message"), [(0, "the first layer has no attention norm"), (3, None)])
@@ -432,16 +564,21 @@ def test_deepseek_without_its_prediction_layer(tmp_path: Path) -> None:
             "gemma4_text",
             GEMMA4,
             [11],
-            "model type gemma4_text: the class makes the last layer one of full attention, so this stack would not run as it is",
+            "model type gemma4_text: the class makes the last layer one of full attention, whatever layer_types says, so this stack would not run as it is",
         ),
         ("gemma3n_text", GEMMA3N, [4], f"model type gemma3n_text: {PRODUCERS}, {ELSE}"),
         ("gemma3n_text", GEMMA3N, [7], f"model type gemma3n_text: {PRODUCERS}, {ELSE}"),
-        ("diffllama", {"num_hidden_layers": 4}, [0], f"model type diffllama: lambda_init depends on the layer index, {ELSE}"),
+        (
+            "diffllama",
+            {"num_hidden_layers": 4},
+            [0],
+            f"model type diffllama: lambda_init depends on the layer index, and no value of the config says otherwise, {ELSE}",
+        ),
         (
             "jamba",
             JAMBA,
             [1],
-            "config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers) cannot describe "
+            "config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers, for which the class reads no list) cannot describe "
             "the new order of layers; choose layers that keep the pattern",
         ),
     ],

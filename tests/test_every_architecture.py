@@ -22,7 +22,7 @@ from layercut.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architectures.md"
-LEAST = 0.9
+LEAST = 0.93
 """Share of the causal types that is exact at every place; the others are refused at some."""
 pytestmark = pytest.mark.usefixtures("quietly")
 
@@ -69,17 +69,16 @@ def test_repeats_and_stacks_of_two_are_exact_or_refused(name: str, tmp_path: Pat
         pytest.skip(str(reason))
     outcomes = [*sweep.repeat(source, tmp_path), *sweep.stack_two(source, other, tmp_path)]
     assert {outcome.change for outcome in outcomes} == {"repeat", "stack"}
-    if name == "causal:gemma4_text":  # the other model's layers bring their own embeddings, which the oracle does not hand them
-        outcomes = [outcome for outcome in outcomes if outcome.change == "repeat"]
     assert not [outcome for outcome in outcomes if outcome.verdict == sweep.WRONG]
     if listed().get(name) == sweep.EXACT and name not in KINDS_IN_ORDER:
-        assert not [outcome for outcome in outcomes if outcome.verdict != sweep.EXACT and name not in SHARED]
+        refused = [outcome for outcome in outcomes if outcome.verdict != sweep.EXACT]
+        assert not [outcome for outcome in refused if name not in SHARED or outcome.change == "repeat"]
 
 
-# Types whose kinds of layers no value of their config can say once this block stands twice.
+# Types whose kinds of layers no value of their config can say once this block stands twice: a period, and a number of first layers.
 KINDS_IN_ORDER = ("causal:jamba", "causal:deepseek_v3")
-# Types whose layers share weights that one of them keeps: they are not mixed with those of other models.
-SHARED = ("seq2seq:t5",)
+# Types whose layers share weights: they are repeated, but not mixed with those of other models.
+SHARED = ("seq2seq:t5", "masked:albert")
 
 
 def test_the_page_lists_every_type() -> None:
@@ -103,7 +102,9 @@ def test_the_page_counts_what_it_lists() -> None:
     assert page().document(listed(), version[1]) == text
 
 
-def test_a_wrong_cut_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["llama", "dory", "zaya", "blt"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_cut_is_found(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle is no rubber stamp: when another layer goes than the one that was asked for, that is seen."""
 
     def other(recipe: Recipe, **more: Any) -> Any:
@@ -113,5 +114,5 @@ def test_a_wrong_cut_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return run_recipe(Recipe.model_validate({"model": recipe.model, "steps": steps, "output": recipe.output.path}), **more)
 
     monkeypatch.setattr(sweep, "run_recipe", other)
-    examined = sweep.examine("llama", "causal", tmp_path)
+    examined = sweep.examine(kind, "causal", tmp_path)
     assert {outcome.verdict for outcome in examined.outcomes} == {sweep.WRONG}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from layercut.exceptions import EXCEPTIONS, Case, hopeless, objections, remarks, rows
+from layercut.exceptions import EXCEPTIONS, Case, hopeless, objections, remarks
 
 DEPTH = 6
 WHOLE = [0, 1, 2, 3, 4, 5]
@@ -22,17 +22,21 @@ def says(kind: str | None, reason: str, fatal: bool = False) -> str:
 
 
 ON = {"scale_attn_by_inverse_layer_idx": True}
-LAMBDA = "lambda_init depends on the layer index"
-LOOPED = "layers are looped, paired or shared"
+LAMBDA = "lambda_init depends on the layer index, and no value of the config says otherwise"
+GROUP = "layers take the weights of groups in turns, and some would take those of another (num_hidden_groups)"
+NO_QUERY = "only the first layer attends to no earlier block, and it has no weights to attend with"
+RUNS = "blocks of layers run again and again, and what they hand to the next run has its weights in one tensor for all of them"
+STAGGERED = "every second layer of the encoder attends to shifted blocks (stagger_local_blocks), and would do so where it did not before"
+BLOCKS = "the layers stand in blocks between which the text is pooled"
 SHARED = "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"
 TOPK = "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"
 GEMMA = {"num_kv_shared_layers": 2, "layer_types": [S, F, S, F, S, F]}  # 4 reads layer 2, 5 reads layer 3
 DSA = {"indexer_types": ["full", "shared", "full", "full", "shared", "shared"]}
 NORM = "the first layer has no attention norm"
-PRE = "the first layer norms the embeddings (pre_ln), and its norm would go to the new first layer"
 RANKS = "the rank of a layer in ple_layer_ids shapes its tables"
 NONE_LEFT = "no layer of attention would be left, and the cache of the class wants one"
-ZAYA = "router state is passed from layer to layer, and the first layer has no scale of it"
+TOGETHER = "the attention and the MLP of a layer stand in the file as two, the first of an even number, and must stay together"
+ALONE = "one cross-attention serves the whole stack of one layer, and would be repeated with it"
 
 
 @pytest.mark.parametrize(
@@ -48,19 +52,25 @@ ZAYA = "router state is passed from layer to layer, and the first layer has no s
         ("diffllama", {}, HEAD, LAMBDA),
         ("minimax", {}, HEAD, "the decay of lightning attention depends on the layer index, and the file does not hold it"),
         ("minimax", {}, TAIL, None),
-        ("beam", {}, MIDDLE, "the residual scale depends on the layer index"),
+        ("beam", {}, MIDDLE, "what a layer adds is scaled by its index, and no value of the config says otherwise"),
         ("esmc", {}, TAIL, "the residual is divided by sqrt(number of layers / 36), and no value of the config says so"),
         ("esmc", {}, [1, 0, 2, 3, 4, 5], None),
         ("minicpm3", {}, HEAD, None),
-        ("rwkv", {}, HEAD, PRE),
-        ("rwkv", {}, MIDDLE, None),
-        ("rwkv", {}, [0, 0, 1], PRE),
+        ("rwkv", {}, HEAD, None),
+        ("albert", {}, TAIL, None),
+        ("albert", {"num_hidden_groups": 2}, TAIL, GROUP),
+        ("albert", {"num_hidden_groups": 2}, [0, 1, 3, 4], None),
+        ("albert", {"num_hidden_groups": 0}, TAIL, GROUP),
+        ("albert", {"num_hidden_groups": 6}, HEAD, None),
+        ("rwkv", {}, [0, 0, 1], None),
         ("modernbert", {}, HEAD, NORM),
         ("modernbert-decoder", {}, HEAD, NORM),
         ("modernbert-decoder", {}, DOUBLED, None),
         ("deberta-v2", {"conv_kernel_size": 3}, HEAD, "a convolution is applied behind the first layer"),
         ("deberta-v2", {"conv_kernel_size": 0}, HEAD, None),
-        ("zaya", {}, MIDDLE, ZAYA),
+        ("zaya", {}, MIDDLE, None),
+        ("zaya", {}, HEAD, None),
+        ("dory", {"layer_types": [S, "mlp"] * 6}, HEAD, None),
         ("reformer", {}, MIDDLE, None),
         ("mt5", {"num_layers": 6, "num_decoder_layers": 4}, TAIL, None),
         ("mt5", {"num_layers": 6, "num_decoder_layers": 8}, TAIL, None),
@@ -96,7 +106,12 @@ def test_objections(kind: str | None, config: dict[str, Any], order: list[int], 
 @pytest.mark.parametrize(
     ("kind", "config", "order", "reason"),
     [
-        ("gemma4_text", {"layer_types": [S, F, S, F, S, F]}, [0, 1, 2], "the class makes the last layer one of full attention"),
+        (
+            "gemma4_text",
+            {"layer_types": [S, F, S, F, S, F]},
+            [0, 1, 2],
+            "the class makes the last layer one of full attention, whatever layer_types says",
+        ),
         (
             "olmo_hybrid",
             {"layer_types": [L, L, L, F, L, F]},
@@ -112,8 +127,11 @@ def test_objections(kind: str | None, config: dict[str, Any], order: list[int], 
             TAIL,
             "the class ties the block that hybrid layers share, and cannot when one of them is left",
         ),
-        ("albert", {}, TAIL, LOOPED),
-        ("blt", {}, TAIL, LOOPED),
+        ("funnel", {}, TAIL, BLOCKS),
+        ("inkling2_text", {}, HEAD, NO_QUERY),
+        ("inkling2_text", {}, [0, 1, 0], NO_QUERY),
+        ("inkling2_loop_text", {}, TAIL, RUNS),
+        ("dory", {"layer_types": [S, "mlp", S, "mlp", F, "mlp"]}, HEAD, TOGETHER),
     ],
 )
 def test_what_no_recipe_can_allow(kind: str, config: dict[str, Any], order: list[int], reason: str) -> None:
@@ -136,13 +154,26 @@ def test_the_same_types_where_it_is_exact(kind: str, config: dict[str, Any], ord
     assert objections(case(kind, config, order)) == []
 
 
+@pytest.mark.parametrize(("order", "cross", "fatal"), [([0, 0], False, True), ([0, 0], True, False), ([0], False, False)])
+def test_the_one_cross_attention_of_the_one_layer_of_blt(order: list[int], cross: bool, fatal: bool) -> None:
+    one = Case("blt_local_encoder", {"cross_attn_all_layers": cross}, order, 1, stack="encoder")
+    assert [(objection.text, objection.fatal) for objection in objections(one)] == [(says("blt_local_encoder", ALONE, True), True)] * fatal
+    deep = Case("blt_local_decoder", {}, DOUBLED, DEPTH, stack="decoder")
+    assert objections(deep) == []
+
+
 def test_minimax_is_exact_when_the_file_holds_its_decay() -> None:
     assert objections(case("minimax", {}, HEAD, tensors=["model.layers.0.self_attn.slope_rate"])) == []
 
 
-def test_the_encoder_of_pegasus_x_only() -> None:
-    assert [row.model_types for row in rows(case("pegasus_x", {}, HEAD, stack="encoder")) if row.model_types] == [("pegasus_x",)]
-    assert objections(case("pegasus_x", {}, HEAD, stack="decoder")) == []
+@pytest.mark.parametrize(
+    ("order", "config", "exact"),
+    [(TAIL, {}, True), (HEAD, {}, False), (HEAD, {"stagger_local_blocks": False}, True), (MIDDLE, {}, True), ([0, 3, 2, 1], {}, True)],
+)
+def test_the_encoder_of_pegasus_x_only(order: list[int], config: dict[str, Any], exact: bool) -> None:
+    found = objections(case("pegasus_x", config, order, stack="encoder"))
+    assert [objection.text for objection in found] == ([] if exact else [says("pegasus_x", STAGGERED)])
+    assert objections(case("pegasus_x", config, order, stack="decoder")) == []
 
 
 def test_a_type_stands_in_one_row_of_its_own_only() -> None:
@@ -158,11 +189,12 @@ def test_index_dependent_types_accept_the_whole_stack() -> None:
 
 
 def test_what_cannot_be_edited_at_all() -> None:
-    assert hopeless({"model_type": "albert"}) == says("albert", LOOPED, True)
-    assert hopeless({"model_type": "novel", "text_config": {"model_type": "hrm_text"}}) == says("hrm_text", LOOPED, True)
+    assert hopeless({"model_type": "funnel"}) == says("funnel", BLOCKS, True)
+    assert hopeless({"model_type": "albert"}) is None
+    assert hopeless({"model_type": "novel", "text_config": {"model_type": "funnel"}}) == says("funnel", BLOCKS, True)
     assert hopeless({"model_type": "llama"}) is None
-    assert hopeless({"model_type": ["albert"]}) is None
-    inner = case("blt_local_decoder", {}, TAIL, root={"model_type": "blt"})
+    assert hopeless({"model_type": ["funnel"]}) is None
+    inner = case("inkling2_vision", {}, TAIL, root={"model_type": "inkling2_loop"})
     assert [objection.fatal for objection in objections(inner)] == [True]
 
 
@@ -172,3 +204,8 @@ def test_features_of_images_behind_the_first_layers() -> None:
     assert remarks(case("qwen3_vl_text", {}, [0, 2, 3], root=root)) == told
     assert remarks(case("qwen3_vl_text", {}, [0, 1, 3], root=root)) == []
     assert remarks(case("llama", {}, HEAD)) == []
+
+
+def test_the_norm_of_the_embeddings_is_told_of() -> None:
+    told = ["the norm of the embeddings, which layer 0 keeps (pre_ln), stays before the first layer"]
+    assert [remarks(case("rwkv", {}, order)) for order in (HEAD, MIDDLE)] == [told, []]

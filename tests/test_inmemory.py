@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import zoo
 from conftest import KINDS, tiny_config
 from test_end_to_end import rearranged, reloaded
 
@@ -77,6 +79,46 @@ def test_a_cut_is_the_model_without_those_layers(kind: str, start: int, stop: in
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny(kind), dtype=torch.float32).eval()
     cut(model, start, stop)
     assert torch.equal(logits(model), logits(rearranged(tiny(kind), [*range(start), *range(stop, 6)])))
+
+
+def built(kind: str, task: str = "causal") -> Any:
+    """A tiny model of any type."""
+    return zoo.tiny_model(kind, task)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "start", "stop"),
+    [
+        ("rwkv", "causal", 0, 1),
+        ("zaya", "causal", 0, 2),
+        ("t5", "seq2seq", 0, 1),
+        ("gpt_neox_japanese", "causal", 4, 6),
+        ("gemma4_text", "causal", 1, 2),
+    ],
+)
+def test_weights_that_a_layer_keeps_for_others_do_not_move_in_memory(kind: str, task: str, start: int, stop: int) -> None:
+    model = built(kind, task)
+    before = json.loads(model.config.to_json_string())
+    with pytest.raises(
+        RefusedError, match=r"weights that one layer, or one tensor, keeps for others would have to move; cut its checkpoint"
+    ):
+        cut(model, start, stop)
+    assert json.loads(model.config.to_json_string()) == before
+
+
+@pytest.mark.parametrize(("kind", "task", "start", "stop"), [("rwkv", "causal", 1, 3), ("zaya", "causal", 2, 4), ("t5", "seq2seq", 3, 5)])
+def test_the_layers_between_are_cut_in_memory(kind: str, task: str, start: int, stop: int) -> None:
+    model = built(kind, task)
+    cut(model, start, stop)
+    assert len(layers_in(model, member_of(model))) == 4
+    with torch.no_grad():
+        given = {"input_ids": ids(), **({"decoder_input_ids": ids(5)} if task == "seq2seq" else {})}
+        assert model(**given).logits.isfinite().all()
+
+
+def test_a_config_that_counts_otherwise_on_disk_is_cut_there() -> None:
+    with pytest.raises(RefusedError, match="the config of this model counts attention and MLP apart on disk only; cut its checkpoint"):
+        cut(built("dory"), 1, 2)
 
 
 def test_per_layer_lists_follow() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from layercut.anatomy import DepthKey, LayerStack
 from layercut.patterns import PATTERNS, SCALARS
 
-ATTENTION, EXPERTS, QWEN, ERNIE, NLLB_ENCODER, NLLB_DECODER, SWITCH_ENCODER, SWITCH_DECODER, EVOLLA = PATTERNS
+ATTENTION, EXPERTS, QWEN, ERNIE, NLLB_ENCODER, NLLB_DECODER, SWITCH_ENCODER, SWITCH_DECODER, EVOLLA, DORY, INKLING = PATTERNS
 JAMBA = {"attn_layer_period": 4, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
 
 
@@ -54,6 +54,18 @@ def follow(pattern: Any, node: dict[str, Any], depth: int, *order: int) -> Any:
         (ERNIE, {"moe_layer_start_index": 2, "moe_layer_interval": 1}, 6, (2, 0, 3), None),
         (NLLB_DECODER, {"model_type": "nllb-moe", "decoder_sparse_step": 2}, 4, (0, 1), {}),
         (NLLB_DECODER, {"model_type": "nllb-moe", "decoder_sparse_step": 2}, 4, (1, 2, 3), None),
+        (ERNIE, {"moe_layer_start_index": [1, 2], "moe_layer_interval": 1}, 6, (0, 2, 3), {"moe_layer_start_index": [1, 1]}),
+        (ERNIE, {"moe_layer_start_index": [1, 3], "moe_layer_interval": 2}, 6, (1, 2, 3), None),
+        (
+            ERNIE,
+            {"moe_layer_start_index": [1, 1], "moe_layer_interval": [2, 1]},
+            6,
+            (1, 3, 5),
+            {"moe_layer_start_index": [0, 0], "moe_layer_interval": [1, 1]},
+        ),
+        (INKLING, {"n_layers_per_attn_res_block": 2}, 6, (0, 1, 4, 5), {}),
+        (INKLING, {"n_layers_per_attn_res_block": 2}, 6, (0, 1, 3, 5), {"n_layers_per_attn_res_block": 4}),
+        (INKLING, {"n_layers_per_attn_res_block": 2}, 6, (0, 2, 3), None),
         (EVOLLA, {"aligner_num_add_layers": 2}, 6, (0, 1, 2), {"aligner_num_add_layers": 1}),
     ],
 )
@@ -76,7 +88,8 @@ def test_whole_periods_can_go(period: int, data: st.DataObject) -> None:
 def test_an_unchanged_stack_changes_nothing(number: int) -> None:
     nodes = [JAMBA, JAMBA, {"mlp_only_layers": [0]}, {"moe_layer_start_index": 1}]
     sparse = {"encoder_sparse_step": 2, "decoder_sparse_step": 2}
-    node = [*nodes, *([sparse] * 4), {"aligner_num_add_layers": 2}][number]
+    dory = {"num_hidden_layers": 8, "n_input_layers": 2, "n_recurrent_layers": 4, "n_output_layers": 2}
+    node = [*nodes, *([sparse] * 4), {"aligner_num_add_layers": 2}, dory, {"n_layers_per_attn_res_block": 3}][number]
     assert follow(PATTERNS[number], dict(node), 8, *range(8)) == {}
 
 
@@ -98,9 +111,41 @@ def test_patterns_are_for_their_own_models() -> None:
 
 
 def test_numbers_that_follow_the_depth() -> None:
-    residual, twice, neomme = SCALARS
+    residual, twice, cycles, groups, neomme = SCALARS
     assert residual.applies({"scale_depth": 1.4}, stack()) and not residual.applies({"scale_depth": 1.4, "mup_denominator": 32}, stack())
     assert residual.follow({"scale_depth": 1.4}, 6, 5) == 1.4 * math.sqrt(5 / 6)
     assert twice.applies({"num_hidden_layers": 12}, stack(key="num_layers")) and not twice.applies({"num_hidden_layers": 12}, stack())
     assert twice.follow({}, 6, 5) == 10
     assert neomme.follow({}, 8, 5) == 0.25
+    assert groups.applies({"num_hidden_groups": 6}, stack()) and groups.follow({}, 6, 5) == 5
+    assert not groups.applies({"num_hidden_groups": 1}, stack())
+    hrm = stack(key="num_layers_per_stack")
+    assert cycles.applies({"num_hidden_layers": 48}, hrm) and cycles.follow({"num_hidden_layers": 48}, 6, 5) == 40
+    assert not any(cycles.applies({"num_hidden_layers": value}, hrm) for value in (6, 47, None, "48"))
+    assert not cycles.applies({"num_hidden_layers": 48}, stack())
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(2, 3, 2), (9, None, 0), (-1, 7, 2), ("2", 4, 2), (2, 4.0, 2)],
+)
+def test_sections_that_do_not_fill_the_stack_are_no_pattern(counts: tuple[Any, Any, Any]) -> None:
+    node = {"num_hidden_layers": 8, **dict(zip(DORY.keys, counts, strict=True))}
+    assert DORY.decode(node, 8) is None
+    assert DORY.decode({"num_hidden_layers": 7, "n_input_layers": 2, "n_output_layers": 2}, 8) is None
+
+
+@given(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4), st.integers(1, 2), st.data())
+def test_any_cut_keeps_the_sections(first: int, looped: int, last: int, width: int, data: st.DataObject) -> None:
+    depth = first + looped + last
+    order = data.draw(st.lists(st.integers(0, max(depth - 1, 0)), min_size=1, unique=True).map(sorted)) if depth else []
+    node = {"num_hidden_layers": width * depth, **dict(zip(DORY.keys, (width * first, width * looped, width * last), strict=True))}
+    entries = DORY.decode(node, depth)
+    if not depth:
+        assert entries is None
+        return
+    assert entries is not None
+    changes = DORY.encode([entries[index] for index in order], node)
+    parts = [sum(first <= index < first + looped for index in order), sum(index < first for index in order)]
+    wanted = dict(zip(DORY.keys, (width * parts[1], width * parts[0], width * (len(order) - sum(parts))), strict=True))
+    assert changes == {key: value for key, value in wanted.items() if value != node[key]}

@@ -20,8 +20,9 @@ from layercut.checkpoint import open_checkpoint
 from layercut.cli import main
 from layercut.errors import LayercutError, RefusedError
 from layercut.header import ITEM_BITS, read_header
+from layercut.naming import Naming
 from layercut.plan import Edit
-from layercut.quantization import Followed, Naming, configs, follow, is_quantized, mentions
+from layercut.quantization import Followed, configs, follow, is_quantized, mentions
 from layercut.report import read_report
 from layercut.stack import LayerRef
 from layercut.surgery import dependents, operate
@@ -534,6 +535,45 @@ def test_a_name_stands_once_for_each_copy_of_its_layer(shared: Member, layer: in
     done = follow("m", {"m": changed}, order_of(*order))
     after = done.edits[0].after if done.edits else quantization["ignore"]
     assert after == [*(form.format(at) for at, index in enumerate(order) if index == layer), "lm_head"]
+
+
+TWO_LISTS = {f"transformer.{name}.{at}.lin.weight": ("U8", (4,), b"....") for name in ("attentions", "ffns") for at in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["transformer.attentions.1.lin", "transformer.ffns.1.lin"], []),
+        (["transformer.attentions.2", "transformer.ffns.3.lin"], ["transformer.attentions.1", "transformer.ffns.2.lin"]),
+        (["ffns.0.lin", "attentions.3.lin"], ["ffns.0.lin", "attentions.2.lin"]),
+        (["re:.*ffns\\.2\\..*"], ["re:.*ffns\\.1\\..*"]),
+        (["*.ffns.[12].lin"], ["transformer.ffns.1.lin"]),
+        (["*.[af]*s.3.*"], ["transformer.attentions.2.lin", "transformer.ffns.2.lin"]),
+        (["transformer.*.lin"], ["transformer.*.lin"]),
+        (["encoder.ffns.2.lin"], ["encoder.ffns.2.lin"]),
+    ],
+)
+def test_names_in_every_list_of_a_stack_follow(tmp_path: Path, before: list[str], after: list[str]) -> None:
+    """XLM keeps the parts of a layer in lists side by side."""
+    config = {"model_type": "xlm", "n_layers": 4, "quantization_config": {"ignore": before}}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, TWO_LISTS, config))
+    source = Member(checkpoint, find_stack(checkpoint))
+    assert source.stack.prefixes == ("transformer.attentions.", "transformer.ffns.")
+    done = follow("m", {"m": source}, order_of(0, 2, 3))
+    assert (done.edits[0].after if done.edits else before) == after
+
+
+def test_a_list_with_an_entry_for_every_few_layers(tmp_path: Path) -> None:
+    """IDEFICS: gate 1 belongs to layer 2, and follows it."""
+    tensors = {f"model.layers.{at}.w": ("U8", (4,), b"....") for at in range(6)}
+    tensors |= {f"model.gated_cross_attn_layers.{at}.lin.weight": ("U8", (4,), b"....") for at in range(3)}
+    names = ["model.gated_cross_attn_layers.1.lin", "model.gated_cross_attn_layers.2", "model.layers.4"]
+    config = {"model_type": "idefics", "num_hidden_layers": 6, "cross_layer_interval": 2, "quantization_config": {"ignore": names}}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, tensors, config))
+    source = Member(checkpoint, find_stack(checkpoint))
+    assert source.stack.siblings[0].stride == 2
+    done = follow("m", {"m": source}, order_of(0, 1, 4, 5))
+    assert done.edits[0].after == ["model.gated_cross_attn_layers.1", "model.layers.2"]
 
 
 def test_depth_is_no_reason_to_guess(tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "stated", "strategies"),
     ("anatomy",),
     (
-        "architecture", "blockscores", "gguf", "measurements", "memory", "mergekit", "operations", "pickled", "rules", "seams",
-        "settling", "shards", "spill", "upload",
+        "architecture", "blockscores", "gguf", "measurements", "memory", "mergekit", "naming", "operations", "pickled", "rules",
+        "seams", "settling", "shards", "spill", "upload",
     ),
     ("boundaries", "ends", "gallery", "heatmap", "hubmodel", "hubwriter", "page", "quantization", "recipe", "weights"),
     ("lineplot", "moves", "patterns", "source", "views"),

@@ -17,6 +17,7 @@ from layercut.rules import (
     LIST,
     LIST_OF_PERIOD,
     NOT_PER_LAYER,
+    PAIRS,
     PERIOD,
     PREFIX,
     RULES,
@@ -160,6 +161,7 @@ VALUES = {
     PERIOD: st.integers(1, 7),
     KEYED: st.dictionaries(st.integers(0, 5).map(str), st.integers(), max_size=6),
     LETTERS: st.text("ME*-", min_size=6, max_size=6),
+    PAIRS: st.lists(st.sampled_from("abc"), min_size=6, max_size=6).map(lambda kinds: [part for kind in kinds for part in (kind, "mlp")]),
     WRITTEN: st.lists(st.integers(0, 5), unique=True).map(lambda found: ",".join(map(str, sorted(found)))),
     CYCLE: st.one_of(st.lists(st.sampled_from("abc"), min_size=1, max_size=6), st.text("LG", min_size=1, max_size=6)),
     RUNS: st.sampled_from(

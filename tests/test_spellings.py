@@ -12,9 +12,10 @@ import pytest
 import sweep
 import torch
 import zoo
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from layercut.api import run_recipe
+from layercut.errors import LayercutError
 from layercut.recipe import Recipe
 
 KINDS = ("causal:mixtral", "causal:qwen3_moe", "causal:deepseek_v3", "causal:gpt_oss", "image:llava", "image:gemma3", "image:qwen2_5_vl")
@@ -22,9 +23,9 @@ GONE = 1
 pytestmark = pytest.mark.usefixtures("quietly")
 
 
-def cut(folder: Path, out: Path) -> Any:
-    """The model without one layer, loaded whole."""
-    recipe = {"model": str(folder), "steps": [{"prune": {"at": [GONE]}}], "output": str(out)}
+def cut(folder: Path, out: Path, *gone: int) -> Any:
+    """The model without one layer, or without these, loaded whole."""
+    recipe = {"model": str(folder), "steps": [{"prune": {"at": list(gone) or [GONE]}}], "output": str(out)}
     run_recipe(Recipe.model_validate(recipe), progress=False)
     loaded = oracle.load(out)
     assert loaded.problems == ()
@@ -110,3 +111,74 @@ def test_a_base_model_without_the_prefix_of_its_class(tmp_path: Path) -> None:
         wanted = source.model.base_model(ids, use_cache=False).last_hidden_state
     with torch.no_grad():
         assert oracle.difference(loaded.model(ids, use_cache=False).last_hidden_state, wanted) < 1e-5
+
+
+def in_halves(source: sweep.Source, folder: Path) -> Path:
+    """A Dory as it was published: the attention and the MLP of layer i are entries 2i and 2i + 1."""
+    shutil.copytree(source.folder, folder)
+    held = {}
+    for name, tensor in load_file(source.folder / "model.safetensors").items():
+        head, layers, rest = name.partition("layers.")
+        number, _, part = rest.partition(".")
+        for module, half in (("self_attn", 0), ("mlp", 1)):
+            if part.startswith(f"{module}."):
+                part = f"mixer.{part.removeprefix(f'{module}.')}"
+                number = str(2 * int(number) + half)
+        if part in ("lambda_1", "lambda_2"):
+            number, part = str(2 * int(number) + int(part == "lambda_2")), {"lambda_1": "attn_alpha", "lambda_2": "mlp_alpha"}[part]
+        held[f"{head}{layers}{number}.{part}" if layers else name] = tensor
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dory_in_halves_is_cut_in_whole_layers(tmp_path: Path) -> None:
+    source = sweep.saved("dory", "causal", tmp_path / "m")
+    folder = in_halves(source, tmp_path / "halves")
+    assert {f"backbone.layers.{at}.{part}" for at, part in ((10, "attn_alpha"), (11, "mlp_alpha"))} <= names(folder)
+    assert torch.equal(oracle.logits(oracle.load(folder).model), oracle.logits(source.model))
+    model = cut(folder, tmp_path / "out", 2, 3)
+    assert oracle.difference(oracle.logits(model), skipped(source)) <= sweep.TOLERANCE
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [config[key] for key in ("num_hidden_layers", "n_input_layers", "n_recurrent_layers", "n_output_layers")] == [10, 2, 4, 4]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_hrm_that_counts_the_layers_of_one_stack(tmp_path: Path) -> None:
+    """The first files say `num_hidden_layers` and mean the layers of each of the two."""
+    source = sweep.saved("hrm_text", "causal", tmp_path / "m")
+    shutil.copytree(source.folder, tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    config = json.loads(path.read_text())
+    assert (config.pop("num_layers_per_stack"), config["num_hidden_layers"]) == (6, 48)
+    path.write_text(json.dumps({**config, "num_hidden_layers": 6}))
+    model = cut(tmp_path / "old", tmp_path / "out")
+    assert oracle.difference(oracle.logits(model), skipped(source)) <= sweep.TOLERANCE
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 5
+
+
+@pytest.mark.parametrize(("groups", "gone"), [(1, (0, 3, 4)), (2, (1, 5)), (3, (0, 2, 4))])
+@pytest.mark.filterwarnings("ignore")
+def test_albert_without_layers_of_its_groups(groups: int, gone: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(zoo.CONFIGS, "albert", {"num_hidden_groups": groups, "inner_group_num": 2})  # type: ignore[arg-type]
+    source = sweep.saved("albert", "masked", tmp_path / "m")
+    with oracle.skipped(source.model, [], gone):
+        wanted = oracle.logits(source.model)
+    assert oracle.difference(wanted, oracle.logits(source.model)) > sweep.TOLERANCE
+    assert oracle.difference(oracle.logits(cut(source.folder, tmp_path / "out", *gone)), wanted) <= sweep.TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_whole_block_of_inkling2(tmp_path: Path) -> None:
+    """No queries of it are left, and the blocks behind it attend to one less."""
+    source = sweep.saved("inkling2_text", "causal", tmp_path / "m")
+    for number, gone in enumerate(((3, 4, 5), (1, 2), (2, 5))):
+        ((_, lists),) = oracle.stacks(source.model, 6).items()
+        with oracle.skipped(source.model, lists, gone):
+            wanted = oracle.logits(source.model)
+        out = tmp_path / f"{number}"
+        if number == 1:
+            with pytest.raises(LayercutError, match="first layers of the blocks to which later layers attend"):
+                cut(source.folder, out, *gone)
+        else:
+            assert oracle.difference(oracle.logits(cut(source.folder, out, *gone)), wanted) <= sweep.TOLERANCE

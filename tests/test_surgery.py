@@ -160,12 +160,14 @@ PATTERN = "cannot describe the new order of layers; choose layers that keep the 
         (
             JAMBA,
             without(8, 1),
-            f"config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers) {PATTERN}",
+            "config.json: expert_layer_period = 2, expert_layer_offset = 1 "
+            f"(period and offset of layers, for which the class reads no list) {PATTERN}",
         ),
         (
             JAMBA,
             without(8, 2),
-            f"config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers) {PATTERN}",
+            "config.json: expert_layer_period = 2, expert_layer_offset = 1 "
+            f"(period and offset of layers, for which the class reads no list) {PATTERN}",
         ),
         (
             {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
@@ -198,12 +200,13 @@ PATTERN = "cannot describe the new order of layers; choose layers that keep the 
         (
             {"num_hidden_layers": 4, "model_type": "diffllama"},
             [1, 2, 3],
-            f"model type diffllama: lambda_init depends on the layer index, so this stack would load but compute something else; {INEXACT}",
+            f"model type diffllama: lambda_init depends on the layer index, and no value of the config says otherwise, "
+            f"so this stack would load but compute something else; {INEXACT}",
         ),
         (
-            {"num_hidden_layers": 4, "model_type": "albert"},
+            {"num_hidden_layers": 4, "model_type": "funnel"},
             [0, 1, 2],
-            "model type albert: layers are looped, paired or shared, so this stack would not run as it is",
+            "model type funnel: the layers stand in blocks between which the text is pooled, so this stack would not run as it is",
         ),
     ],
 )
@@ -211,6 +214,158 @@ def test_refusals(tmp_path: Path, config: dict[str, Any], order: list[int], mess
     with pytest.raises(RefusedError) as caught:
         cut(tmp_path / "m", config, config["num_hidden_layers"], order)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("groups", "order", "fits"),
+    [
+        (1, [0], True),
+        (1, [0, 3, 3, 1, 5, 5, 5], True),
+        (2, [0, 1, 3, 4], True),
+        (2, [0, 1, 3, 4, 5], False),
+        (2, [3, 4, 0, 1], False),
+        (3, [0, 2, 4], True),
+        (3, [0, 1, 2, 3], False),
+    ],
+)
+def test_layers_that_take_the_weights_of_groups_in_turns(tmp_path: Path, groups: int, order: list[int], fits: bool) -> None:
+    """ALBERT: the layers are a number; only it changes, and only where each layer keeps its group."""
+    config = {"model_type": "albert", "num_hidden_layers": 6, "num_hidden_groups": groups, "inner_group_num": 2}
+    tensors = {
+        f"albert.encoder.albert_layer_groups.{at}.albert_layers.{part}.w": ("U8", (4,), b"....") for at in range(groups) for part in (0, 1)
+    }
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, tensors, config))
+    source = Member(checkpoint, find_stack(checkpoint))
+    assert (source.stack.shared, source.stack.depth, source.stack.place(next(iter(tensors)))) == (True, 6, None)
+    if fits:
+        assert json.loads(asked(source, order).text) == {**config, "num_hidden_layers": len(order)}
+        return
+    with pytest.raises(RefusedError, match="layers take the weights of groups in turns, and some would take those of another"):
+        asked(source, order)
+
+
+INKLING2 = {"model_type": "inkling2_text", "num_hidden_layers": 9, "n_layers_per_attn_res_block": 3, "layer_types": [S, S, F] * 3}
+
+
+@pytest.mark.parametrize(
+    ("gone", "size"),
+    [((8,), 3), ((7, 8), 3), ((3, 4, 5), 3), ((6, 7, 8), 3), ((6,), None), ((3, 6), 7), ((1, 4, 7), 2), ((1,), None), ((3,), 5)],
+)
+def test_blocks_to_which_later_layers_attend(tmp_path: Path, gone: tuple[int, ...], size: int | None) -> None:
+    """Inkling 2: queries of the layers stand beside them, those of attention from layer 1 on."""
+    queries = [*(f"attn_queries.{at}" for at in range(8)), *(f"mlp_queries.{at}" for at in range(9))]
+    names = [*(f"model.llm.layers.{at}.w" for at in range(9)), *(f"model.llm.attn_res.{query}" for query in queries)]
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, {name: ("U8", (4,), b"....") for name in names}, INKLING2))
+    source = Member(checkpoint, find_stack(checkpoint))
+    places = {name: source.stack.place(name) for name in names}
+    assert all(place is not None for place in places.values())
+    if size is None:
+        with pytest.raises(
+            RefusedError, match=r"n_layers_per_attn_res_block = 3 \(first layers of the blocks to which later layers attend\) cannot"
+        ):
+            asked(source, without(9, *gone))
+        return
+    after = json.loads(asked(source, without(9, *gone)).text)
+    assert after == {
+        **INKLING2, "num_hidden_layers": 9 - len(gone), "n_layers_per_attn_res_block": size,
+        "layer_types": [kind for at, kind in enumerate([S, S, F] * 3) if at not in gone],
+    }  # fmt: skip
+
+
+def test_as_many_groups_as_layers_are_layers(tmp_path: Path) -> None:
+    config = {"model_type": "albert", "num_hidden_layers": 3, "num_hidden_groups": 3}
+    done = cut(tmp_path / "m", config, 3, [0, 2, 2, 1], "albert.encoder.albert_layer_groups.")
+    assert json.loads(done.text) == {**config, "num_hidden_layers": 4, "num_hidden_groups": 4}
+
+
+HRM = {"model_type": "hrm_text", "num_hidden_layers": 24, "num_layers_per_stack": 3, "H_cycles": 2, "L_cycles": 3}
+
+
+def test_two_stacks_that_run_in_cycles_are_cut_as_one(tmp_path: Path) -> None:
+    """HRM: layer i is layer i of both modules, and one number counts how often all of them run."""
+    tensors = {f"model.{module}.layers.{at}.w": ("U8", (4,), b"....") for module in ("H_module", "L_module") for at in range(3)}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, tensors, HRM))
+    source = Member(checkpoint, find_stack(checkpoint))
+    assert source.stack.prefixes == ("model.H_module.layers.", "model.L_module.layers.")
+    assert json.loads(asked(source, [0, 2]).text) == {**HRM, "num_hidden_layers": 16, "num_layers_per_stack": 2}
+    assert json.loads(asked(source, [0, 1, 1, 2]).text) == {**HRM, "num_hidden_layers": 32, "num_layers_per_stack": 4}
+    assert [(found.key, found.reason) for found in dependents(source)] == [
+        ("num_layers_per_stack", "depth"),
+        ("num_hidden_layers", "layers of both stacks in all cycles"),
+    ]
+
+
+def dory(*kinds: str, first: int = 1, looped: int | None = 2, last: int = 1, width: int = 2) -> dict[str, Any]:
+    """A config of Dory: two entries a layer, or one."""
+    listed = [part for kind in kinds for part in ((kind, "mlp") if width == 2 else (kind,))]
+    counts = {"n_input_layers": first, "n_recurrent_layers": looped, "n_output_layers": last}
+    sections = {key: None if count is None else width * count for key, count in counts.items()}
+    return {"model_type": "dory", "num_hidden_layers": width * len(kinds), "layer_types": listed, **sections}
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize(
+    ("order", "sections"),
+    [([1, 2, 3], (0, 2, 1)), ([0, 2, 3], (1, 1, 1)), ([0, 3], (1, 0, 1)), ([0, 1, 2], (1, 2, 0)), ([0, 1, 2, 1, 2, 3], (1, 4, 1))],
+)
+def test_a_loop_keeps_its_layers(tmp_path: Path, width: int, order: list[int], sections: tuple[int, int, int]) -> None:
+    kinds = [S, S, S, F]
+    done = cut(tmp_path / "m", dory(*kinds, width=width), 4, order)
+    first, looped, last = sections
+    assert json.loads(done.text) == dory(*(kinds[index] for index in order), first=first, looped=looped, last=last, width=width)
+
+
+def test_layers_do_not_leave_the_loop(tmp_path: Path) -> None:
+    with pytest.raises(
+        RefusedError, match=r"n_output_layers = 2 \(layers before the loop, in it and behind it\) cannot describe the new order"
+    ):
+        cut(tmp_path / "m", dory(S, S, S, F), 4, [1, 0, 2, 3])
+
+
+def test_an_absent_length_of_the_loop_stays_absent(tmp_path: Path) -> None:
+    done = cut(tmp_path / "m", dory(S, S, S, F, looped=None), 4, [0, 2, 3])
+    assert json.loads(done.text) == dory(S, S, F, looped=None)
+
+
+def test_attention_and_mlp_that_are_stored_as_two_stay_together(tmp_path: Path) -> None:
+    """The first files of Dory: a layer is two, and so is everything that the config says of it."""
+    config = dory(S, S, S, F)
+    done = cut(tmp_path / "m", config, 8, without(8, 2, 3), "backbone.layers.")
+    assert json.loads(done.text) == dory(S, S, F, looped=1)
+    source = member(tmp_path / "n", config, 8)
+    assert (source.stack.depth, source.stack.depth_key.form) == (8, "number")
+    with pytest.raises(RefusedError, match="the attention and the MLP of a layer stand in the file as two, the first of an even number"):
+        asked(source, without(8, 2))
+    for order in ([0, 1, 3, 2, 4, 5], [1, 2, 3, 4], [0, 3]):
+        with pytest.raises(RefusedError, match="must stay together"):
+            asked(source, order)
+
+
+@pytest.mark.parametrize(
+    ("order", "changes"),
+    [
+        ([0, 2, 3, 4, 5], {"moe_layer_start_index": [1, 1], "moe_layer_end_index": [29, 3]}),
+        ([1, 2, 3, 4, 5], {"moe_layer_start_index": [0, 1], "moe_layer_end_index": [29, 3]}),
+        ([0, 1, 2, 3, 4], {}),
+        ([0, 1, 2, 3, 5], {"moe_layer_end_index": [29, 3]}),
+        ([1, 2, 3], {"moe_layer_start_index": [0, 1]}),
+    ],
+)
+def test_experts_of_text_and_of_images_start_at_layers_of_their_own(tmp_path: Path, order: list[int], changes: dict[str, Any]) -> None:
+    """ERNIE-VL: layer 5 has no experts of images."""
+    config = {
+        "num_hidden_layers": 6, "moe_layer_start_index": [1, 2], "moe_layer_end_index": [29, 4], "moe_layer_interval": 1,
+    }  # fmt: skip
+    done = cut(tmp_path / "m", config, 6, order)
+    assert json.loads(done.text) == {**config, "num_hidden_layers": len(order), **changes}
+
+
+def test_experts_of_text_and_of_images_cannot_say_every_order(tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 6, "moe_layer_start_index": [1, 2], "moe_layer_end_index": [-1, -1]}
+    with pytest.raises(
+        RefusedError, match=r"moe_layer_start_index = \[1, 2\], moe_layer_end_index = \[-1, -1\] \(first, last and interval"
+    ):
+        cut(tmp_path / "m", config, 6, [2, 0, 3])
 
 
 @pytest.mark.parametrize("name", ["eos_token_id", "architectures", "mrope_section", "keys_to_ignore_at_inference"])

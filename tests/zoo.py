@@ -88,7 +88,7 @@ UNRUNNABLE: Mapping[str, str] = {
 """Types that cannot be run here, each with the reason."""
 DEPTHS: Mapping[str, int] = {
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), 8),
-    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), 8),
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text", "glm5_next", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), 8),
     "kimi_linear": 10,
     "bailing_hybrid": 12,
     "jamba": 8,
@@ -185,6 +185,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 5, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": [32, 32], "global_attn_indexes": [1]},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32, "expert_intermediate_size": 32},
+    "dory": {"n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2},
     "emu3": {"vocabulary_map": {"<image>": 100}},
     "ernie4_5_vl_moe_text": {
         "moe_intermediate_size": [32, 16],
@@ -238,10 +239,12 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "num_latents": 8,
         "d_model": 32,
         "num_self_attends_per_block": 6,
+        "num_blocks": 2,
         "num_cross_attention_heads": 4,
         "num_self_attention_heads": 4,
     },
     "pp_formulanet_vision": {"post_conv_in_channels": 32, "post_conv_out_channels": 32, "post_conv_mid_channels": 32},
+    "inkling2_text": {"n_layers_per_attn_res_block": 3, "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"] * 2},
     "instructblip": {"image_token_index": 150},
     "instructblipvideo": {"video_token_index": 150},
     "janus_vqgan": {"num_embeddings": 64},
