@@ -102,6 +102,8 @@ OF_THE_WHOLE = (
     "docs",
     "end_to_end",
     "every_architecture",
+    "every_measurement",
+    "families",
     "frankenmerge",
     "fuzz",
     "hostile",

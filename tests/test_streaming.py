@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from families import KINDS, configs, save
+from families import COMMON, KINDS, configs, save
 
 from layercut import streaming
 from layercut.accumulators import Accumulators
@@ -217,11 +217,41 @@ def test_a_quantised_model_is_refused(family: Callable[..., Checkpoint], tmp_pat
         streamed(tmp_path, [open_checkpoint(folder)], PADDED)
 
 
+def test_weights_that_layers_share_are_not_streamed(tmp_path: Path) -> None:
+    """Zamba's file holds the weights of its attention once, with the first layer that has any."""
+    kinds = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
+    sizes = {**COMMON, "attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 4, "num_key_value_heads": 4}
+    checkpoint = save(tmp_path / "zamba", transformers.ZambaConfig(**{**sizes, "layers_block_type": kinds}))
+    with pytest.raises(RefusedError, match=r"cannot be streamed layer by layer: layer 3 shares weights with another one; hold it in"):
+        streamed(tmp_path, [checkpoint], PADDED)
+
+
+def falcon_h1() -> Any:
+    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+    return transformers.FalconH1Config(**COMMON, **sizes, ssm_multipliers=[0.5, 0.25, 2.0, 1.5, 0.75])
+
+
+def test_values_that_the_model_computes_for_its_layers_are_there(tmp_path: Path) -> None:
+    """In no file, and no layer computes them itself: multipliers of Falcon-H1, which the model puts into each."""
+    checkpoint = save(tmp_path / "falcon", falcon_h1())
+    whole = resident(checkpoint, PADDED, torch.float32)
+    near(streamed(tmp_path, [checkpoint], PADDED).tables, whole.tables, 1e-9)
+
+
+def test_values_that_nobody_computes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = save(tmp_path / "falcon", falcon_h1())
+    kind = transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Model
+    plain = transformers.PreTrainedModel._init_weights
+    monkeypatch.setattr(kind, "_init_weights", plain)
+    with pytest.raises(RefusedError, match=r"cannot be streamed layer by layer: mamba\.mup_vector of layer 0 is in no file; hold it in"):
+        streamed(tmp_path, [checkpoint], PADDED)
+
+
 def test_a_missing_weight(tmp_path: Path) -> None:
     config = configs()["llama"]
     checkpoint = save(tmp_path / "m", config)
     checkpoint.tensors.pop("model.layers.2.mlp.up_proj.weight")  # type: ignore[attr-defined]
-    with pytest.raises(CheckpointError, match=r"m: weights are missing: layers\.2\.mlp\.up_proj\.weight$"):
+    with pytest.raises(CheckpointError, match=r"m: weights are missing: layers\.2\.mlp\.up_proj\.weight; if it loads as a whole, hold"):
         streamed(tmp_path, [checkpoint], PADDED)
 
 
