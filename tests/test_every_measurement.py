@@ -22,7 +22,7 @@ import torch
 import transformers
 import zoo
 from conftest import byte_tokenizer
-from measuring import MEASURED, REFUSED, RESIDENT, WRONG
+from measuring import REFUSED, RESIDENT, WRONG
 
 from layercut.cli import main
 from layercut.exceptions import PADDED
@@ -33,8 +33,12 @@ from layercut.tokens import Sample
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "measured.md"
-LEAST = 0.95
-"""Share of the causal types that are measured."""
+REFUSED_CAUSAL = (
+    "blt", "cpmant", "dory", "gemma4_assistant", "gemma4_unified_assistant", "hrm_text", "mllama", "musicgen", "musicgen_melody",
+    "prophetnet", "reformer", "xlm",
+)  # fmt: skip
+"""The language models that are not measured: their layers are looped or in parts, they hear, or read the states of another model, they
+put something before the text, or pad it themselves."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,11 +97,13 @@ def test_the_page_counts_what_it_lists() -> None:
     assert page().document(listed(), version[1]) == text
 
 
-def test_almost_every_causal_type_is_measured_and_nothing_is_wrong() -> None:
-    rows = listed()
-    causal = [told for name, told in rows.items() if name.startswith("causal:") and not told.startswith("not run")]
+def test_all_other_causal_types_are_measured_and_nothing_is_wrong() -> None:
+    if not of_this_version():
+        pytest.skip("the page is of another version of transformers")
+    rows, kind_of = listed(), page().kind_of
+    causal = {name.partition(":")[2]: kind_of(told) for name, told in rows.items() if name.startswith("causal:")}
     assert len(causal) > 180
-    assert sum(told.startswith(MEASURED) for told in causal) / len(causal) >= LEAST
+    assert tuple(sorted(name for name, kind in causal.items() if kind == "refused")) == REFUSED_CAUSAL
     assert not [name for name, told in rows.items() if "wrong" in told]
 
 
