@@ -47,10 +47,17 @@ def document(rows: Mapping[str, str], version: str) -> str:
         count = Counter(map(kind_of, found.values()))
         cells = (len(found), *(count[kind] for kind in ("exact", "some", "refused", "not run")))
         lines.append(f"| {NAMES[task]} (`{task}`) | {' | '.join(map(str, cells))} |")
-    for task, found in by_task.items():
-        lines += ["", f"## {NAMES[task]} (`{task}`)", "", "| type | outcome |", "|---|---|"]
-        lines += [f"| `{name}` | {told.replace('|', chr(92) + '|')} |" for name, told in sorted(found.items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *sections(rows)]) + "\n"
+
+
+def sections(rows: Mapping[str, str]) -> list[str]:
+    """Lines of a section for each task: a table of its types, in order."""
+    lines: list[str] = []
+    for task, title in NAMES.items():
+        lines += ["", f"## {title} (`{task}`)", "", "| type | outcome |", "|---|---|"]
+        found = sorted((name.partition(":")[2], told) for name, told in rows.items() if name.startswith(f"{task}:"))
+        lines += [f"| `{name}` | {told.replace('|', chr(92) + '|')} |" for name, told in found]
+    return lines
 
 
 def kind_of(told: str) -> str:
@@ -62,11 +69,11 @@ def kind_of(told: str) -> str:
     return "some" if "exact" in told else "refused"
 
 
-def listed() -> dict[str, str]:
-    """The rows of the page as it stands."""
+def listed(page: Path = PAGE) -> dict[str, str]:
+    """The rows of a page as it stands, outcomes by `task:type`."""
     rows: dict[str, str] = {}
     task = ""
-    for line in PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else ():
+    for line in page.read_text(encoding="utf-8").splitlines() if page.exists() else ():
         heading = re.fullmatch(r"## .* \(`(\w+)`\)", line)
         task = heading[1] if heading else task
         cells = re.fullmatch(r"\| `([^`]+)` \| (.*) \|", line)

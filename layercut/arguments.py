@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layercut.skeleton import Call
 from layercut.spill import Spill, raw_bytes
+from layercut.standins import Call
 
 
 class Kept(NamedTuple):

@@ -78,6 +78,12 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
         raise click.BadParameter(str(error)) from None
 
 
+def _samples(context: click.Context, parameter: click.Parameter, value: str | None) -> str | int | None:
+    if value is None or value == "auto":
+        return value
+    return int(click.IntRange(min=1)(value, parameter, context))
+
+
 memory = click.option(
     "--memory",
     metavar="SIZE",
@@ -164,7 +170,9 @@ def _metric(text: str) -> Metric:
     "--text", metavar="PATH", help="Text to measure on (.txt, .jsonl, .csv, .parquet), instead of the recipe's or the built-in one."
 )
 @click.option("--column", help="Column of the text in .jsonl, .csv and .parquet.")
-@click.option("--samples", type=click.IntRange(min=1), help="Token sequences at most, instead of the recipe's number or 128.")
+@click.option(
+    "--samples", callback=_samples, metavar="N|auto", help="Sequences at most (recipe's number or 128); auto: until the ranking is settled."
+)
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a sequence at most, instead of the recipe's number or 512.")
 @measures
 def analyze(

@@ -171,6 +171,9 @@ def analysis_text(analysis: Analysis) -> str:
             "nearest block of each size (layers from 0, both ends included)",
         ]
         lines += [*columns(rows), ""]
+    settling = analysis.measurement.details.get("settling")
+    if isinstance(settling, list):
+        lines += ["how sure that is", *(f"  {text}" for text in settling), ""]
     return "\n".join(lines[:-1])
 
 

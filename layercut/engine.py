@@ -23,6 +23,7 @@ from layercut.calibration import Auto, Calibration, Tally, passages, samples, sh
 from layercut.checkpoint import Checkpoint
 from layercut.encoding import SharedTokenizer
 from layercut.errors import CalibrationError
+from layercut.exceptions import PADDED
 from layercut.loading import load_tokenizer, pick_device, quiet
 from layercut.measurements import FOLDER, Measurements, key_of, missing, only, with_tables
 from layercut.metrics import Angular, Cosine, Euclidean, Metric, RelativeMagnitude, TokenMetric
@@ -71,7 +72,8 @@ def measure(
     for metric in metrics:
         check_index(metric.token, calibration.max_length, metric.label, f"max_length is {calibration.max_length}", "raise max_length")
     where = pick_device(device, ranks.seat.local_rank)
-    settings = Settings(calibration, where, dtype, memory, ranks.seat.world, depths, prefixes or {}, question)
+    alike = any(model.config.get("model_type") in PADDED for model in models.values())
+    settings = Settings(calibration, where, dtype, memory, ranks.seat.world, depths, prefixes or {}, question, alike)
     reading = _read(models, calibration)  # before the models: text fails faster than they load
     labels = tuple(dict.fromkeys(metric.label for metric in metrics))
     shelf = None if cache is None or settings.asks else Shelf(cache, models, reading.text, settings, ranks, progress)
@@ -127,6 +129,8 @@ class Settings(NamedTuple):
     depths: Mapping[str, int]
     prefixes: Mapping[str, str]
     question: Question | None
+    alike: bool = False
+    """Whether a batch has samples of one length only."""
 
     @property
     def asks(self) -> bool:
@@ -224,7 +228,7 @@ def _look(
     with tqdm(total=sizes[-1], desc="measuring", unit="sample", disable=not progress, leave=False) as bar, quiet():
         for size in sizes:
             now, mine = Accumulators(schedule.models, metrics, keep=auto is not None), Used()
-            batches = _batches(text, done, size, calibration.batch_size)
+            batches = _batches(text, done, size, calibration.batch_size, settings.alike)
             schedule.run(mine.counted(ranks.share(batches), bar), now)
             found, done = ranks.collect(now.state(), asdict(mine)), size
             for state, _ in found if seen is not None else found[1:]:
@@ -257,13 +261,20 @@ class Used:
             bar.update(len(batch))
 
 
-def _batches(text: Text, first: int, last: int, size: int) -> Iterator[list[Sample]]:
-    """Batches of samples of similar length. The order depends on the text only, up to the read-ahead."""
+def _batches(text: Text, first: int, last: int, size: int, alike: bool = False) -> Iterator[list[Sample]]:
+    """Batches of samples of similar length, or of one. The order depends on the text only, up to the read-ahead.
+
+    None has as many samples as tokens: whether layers take samples or tokens first would show nowhere.
+    """
     numbered = (Sample(number, text[number].tolist()) for number in range(first, last))
     while ahead := list(itertools.islice(numbered, max(READ_AHEAD, size))):
         ahead.sort(key=lambda sample: len(sample.ids))
-        for start in range(0, len(ahead), size):
-            yield ahead[start : start + size]
+        groups = [list(group) for _, group in itertools.groupby(ahead, key=lambda sample: len(sample.ids) if alike else 0)]
+        for group in groups:
+            for start in range(0, len(group), size):
+                batch = group[start : start + size]
+                square = len(batch) == len(batch[-1].ids) > 1
+                yield from (batch[:1], batch[1:]) if square else (batch,)
 
 
 def _details(models: Sequence[Model], reading: Reading, calibration: Calibration, where: torch.device, reason: str) -> dict[str, Any]:

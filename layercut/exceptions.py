@@ -296,6 +296,16 @@ def _said(kind: str | None, row: Exceptional) -> str:
     return f"model type {kind}: {row.reason}, so {end}"
 
 
+PADDED = {
+    "fnet": "its layers mix all positions, whatever the mask",
+    "nystromformer": "landmarks are means of positions, pads among them",
+    "yoso": "keys are normalised before they are masked",
+    "convbert": "its convolutions see pads",
+    "funnel": "positions are pooled, pads among them",
+    "mobilebert": "an embedding is joined with those of its neighbours",
+    "diffusion_gemma": "its canvas is read as a whole",
+}
+"""Model types in which pads change the states of other tokens, each with the reason: they are measured in batches of one length."""
 DEEPSTACK = (
     "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "cosmos3_omni", "cohere_compass", "granite_docling",
 )  # fmt: skip

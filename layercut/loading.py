@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as chatter
 
@@ -82,7 +83,7 @@ def load_backbone(folder: Path, device: torch.device, dtype: str | None = None) 
     try:
         model: nn.Module = _load(AutoModel, folder, device, dtype)
     except CheckpointError as error:
-        named = _named_class(folder)
+        named = named_class(folder)
         if named is None:
             raise
         try:
@@ -92,7 +93,7 @@ def load_backbone(folder: Path, device: torch.device, dtype: str | None = None) 
     return model
 
 
-def _named_class(folder: Path) -> Any:
+def named_class(folder: Path) -> Any:
     """The class of transformers that config.json names under `architectures`, or None. Never one that a checkpoint brings along."""
     names = read_config(folder)[1].get("architectures")
     first = names[0] if isinstance(names, list) and names else None
@@ -128,12 +129,12 @@ def _load(kind: Any, folder: Path, device: torch.device, dtype: str | None, **co
     return model.to(device).eval()
 
 
-def check_complete(found: Mapping[str, Any], folder: Path) -> None:
+def check_complete(found: Mapping[str, Any], folder: Path, hint: str | None = None) -> None:
     """Raise CheckpointError when transformers says that it missed a weight, or found one of another shape."""
     missing = sorted(found["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"weights are missing: {missing[0]}{more}", where=folder)
+        raise CheckpointError(f"weights are missing: {missing[0]}{more}", where=folder, hint=hint)
     mismatched = sorted(found["mismatched_keys"])
     if mismatched:
         name, has, wants = mismatched[0]
@@ -184,6 +185,21 @@ def bos_prefix(tokenizer: Any, bos: bool | Literal["auto"]) -> list[int]:
     return [tokenizer.bos_token_id]
 
 
+def given(backbone: nn.Module, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
+    """What a forward pass is called with: the text alone, which a model with a decoder of its own reads on both sides."""
+    named = inspect.signature(backbone.forward).parameters
+    passed: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if "use_cache" in named or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in named.values()):
+        passed["use_cache"] = False
+    if "decoder_input_ids" in named:
+        passed["decoder_input_ids"] = ids
+    both = getattr(getattr(backbone, "config", None), "is_encoder_decoder", False)
+    if both and "decoder_attention_mask" in named:  # of others it may cover more than the text
+        passed["decoder_attention_mask"] = mask
+    wrapped = "input_ids" not in named  # a forward pass that somebody wrapped does not tell what it takes
+    return {name: value for name, value in passed.items() if wrapped or name in named or name == "use_cache"}
+
+
 def layers_of(model: nn.Module, depth: int, prefix: str | None = None) -> nn.ModuleList:
     """The decoder layers: the list of `depth` modules that matches `prefix` best, else the outermost one.
 
@@ -201,6 +217,10 @@ def layers_of(model: nn.Module, depth: int, prefix: str | None = None) -> nn.Mod
     best = [name for name in found if ranked[name] == max(ranked.values())]
     if len(best) > 1:
         raise CheckpointError(f"{type(model).__name__} has several lists of {depth} layers: {', '.join(best)}")
+    parts = [name for name in found if name.rpartition(".")[0] == best[0].rpartition(".")[0]]
+    if len(parts) > 1:
+        message = f"{type(model).__name__} keeps the parts of its layers in several lists ({', '.join(parts)})"
+        raise CheckpointError(message, hint="no state between layers can be seen there")
     return lists[best[0]]
 
 

@@ -37,6 +37,13 @@ GRACE = 0.5
 TERMINATED = 3.0
 """Seconds that a rank which its launcher ends waits for the main rank to say so."""
 FAILED, CLOSED, ALIVE, LEFT, DONE = "failed", "closed", "alive", "left", "done"
+PLACES = {
+    "rank": ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
+    "world": ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "local_rank": ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+    "local_world": ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+}
+"""What launchers call the numbers of a place: torchrun, then the kinds of MPI, as accelerate reads them. The first that is set counts."""
 
 
 class SilentError(LayercutError):
@@ -57,11 +64,11 @@ class Seat(NamedTuple):
 
     @classmethod
     def launched(cls, environment: Mapping[str, str]) -> Seat:
-        """As the launcher's environment says; alone when it says nothing."""
-        if not all(environment.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        """As the launcher's environment says; alone when it says nothing, or not where all meet."""
+        found = {key: next((environment[name] for name in names if environment.get(name)), "") for key, names in PLACES.items()}
+        if not (found["rank"] and found["world"] and environment.get("MASTER_ADDR") and environment.get("MASTER_PORT")):
             return cls()
-        rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        return cls(rank, world, int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", world)))
+        return cls(*(int(found[key] or found[key.removeprefix("local_")]) for key in PLACES))
 
 
 class Ranks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from layercut.calibration import first_line
-from layercut.errors import CalibrationError, CheckpointError
-from layercut.loading import layers_of
+from layercut.errors import CalibrationError, CheckpointError, LayercutError
+from layercut.loading import given, layers_of
 from layercut.tokens import Sample
 
 
@@ -66,29 +65,26 @@ class Runner:
         with Boundaries(self.alias, self.layers, rows) as boundaries, torch.inference_mode():
             try:
                 self.backbone(**given(self.backbone, ids, mask))
-            except (
-                ValueError,
-                TypeError,
-                AttributeError,
-                KeyError,
-            ) as error:  # a model that wants pictures or sounds says so in one of these
+            except (torch.OutOfMemoryError, LayercutError):
+                raise
+            except Exception as error:  # a model that wants pictures or sounds says so in whatever way it breaks
                 message = f"model '{self.alias}' does not run on a text alone: {first_line(error)}"
                 raise CheckpointError(message, hint="this architecture cannot be measured") from None
         return boundaries.states()
 
 
-def given(backbone: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-    """What a forward pass is called with: the text alone, which a model with a decoder of its own reads on both sides."""
-    named = inspect.signature(backbone.forward).parameters
-    passed: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if "use_cache" in named or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in named.values()):
-        passed["use_cache"] = False
-    if "decoder_input_ids" in named:
-        passed["decoder_input_ids"] = ids
-    if "decoder_attention_mask" in named:
-        passed["decoder_attention_mask"] = mask
-    wrapped = "input_ids" not in named  # a forward pass that somebody wrapped does not tell what it takes
-    return {name: value for name, value in passed.items() if wrapped or name in named or name == "use_cache"}
+def by_token(state: Tensor, samples: int, width: int) -> Tensor | None:
+    """A state as (samples, tokens, hidden), or None where it is none.
+
+    Some layers take tokens before samples, and some several streams at once: behind the tokens, or before all else. Streams stand side by
+    side then, as one hidden size. A batch must not have as many samples as tokens: nothing could be told apart.
+    """
+    shape = tuple(state.shape)
+    if state.ndim == 3 and shape[:2] != (samples, width):
+        return state.transpose(0, 1) if shape[:2] == (width, samples) else None
+    if state.ndim == 4 and shape[:2] != (samples, width):
+        return state.movedim(0, 2).flatten(2) if shape[1:3] == (samples, width) else None
+    return state.flatten(2) if state.ndim in (3, 4) else None
 
 
 class Boundaries:
@@ -116,6 +112,9 @@ class Boundaries:
 
     def states(self) -> list[Tensor]:
         """The states, in order. Raises CheckpointError unless every layer ran once, one after the other."""
+        if not self._order:
+            message = f"no layer of this stack of model '{self._alias}' is called when the model is given a text alone"
+            raise CheckpointError(message, hint="it cannot be measured")
         if self._order != list(range(len(self._layers) + 1)):
             raise CheckpointError(f"the layers of model '{self._alias}' do not run once each, in order", hint="it cannot be measured")
         return self._kept
@@ -131,10 +130,10 @@ class Boundaries:
         self._keep(len(self._layers), output[0] if isinstance(output, tuple | list) else output)
 
     def _keep(self, boundary: int, state: Any) -> None:
-        shape = tuple(state.shape) if isinstance(state, Tensor) else None
-        if shape is None or len(shape) != 3 or shape[:2] != tuple(self._rows.shape):
+        found = by_token(state, *self._rows.shape) if isinstance(state, Tensor) else None
+        if found is None:
             message = f"boundary {boundary} of model '{self._alias}' is no tensor of (samples, tokens, hidden)"
             raise CheckpointError(message, hint="this architecture cannot be measured")
         self._order.append(boundary)
         # A copy: a layer may change its input in place. Where all tokens are wanted, it is three times as fast.
-        self._kept.append(state.flatten(0, 1).clone() if self._whole else state[self._rows])
+        self._kept.append(found.flatten(0, 1).clone() if self._whole else found[self._rows])

@@ -7,9 +7,11 @@ layers, which note what they are called with and hand the state on. The real lay
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,106 +20,23 @@ from transformers import AutoConfig, AutoModel
 from layercut.calibration import first_line
 from layercut.checkpoint import Checkpoint
 from layercut.errors import CheckpointError, LayercutError, RefusedError
-from layercut.loading import check_complete, layers_of, own_code, quiet
+from layercut.loading import check_complete, given, layers_of, named_class, own_code, quiet
+from layercut.standins import FORMS, Call, Recording, Script, StandIn, Unreadable
 from layercut.weights import Weights
 
-STATE = "hidden_states"
-"""What layers call the state, where they do not take it by position."""
+WHOLE = "hold it in memory as a whole: give more with --memory"
+"""What to do with a model that cannot be streamed."""
 
 
-class Call(NamedTuple):
-    """What a layer is called with. The state itself is left out: it stands first, or under its name."""
+class Single(nn.ModuleList):
+    """A list of layers of which only one is there: whoever goes through it meets that one alone."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    named: bool
-    """Whether the state is passed by name."""
+    def __init__(self, layers: Sequence[nn.Module], index: int) -> None:
+        super().__init__(layers)
+        self.__dict__["there"] = layers[index]  # no second submodule
 
-    def on(self, layer: nn.Module, state: Tensor) -> Any:
-        """Call a layer with this state."""
-        return layer(*self.args, **self.kwargs, **{STATE: state}) if self.named else layer(state, *self.args, **self.kwargs)
-
-
-class Recording(NamedTuple):
-    """What a forward pass comes to before its layers: the state that enters the first of them, and how each is called."""
-
-    state: Tensor
-    calls: list[Call]
-
-
-class Mark:
-    """Stands for what a layer returns beside its state. No layer may be given one: it would need the real thing."""
-
-
-FORMS = (lambda state: state, lambda state: (state,), lambda state: (state, Mark()), lambda state: (state, Mark(), Mark()))
-"""What layers return: the state (since transformers 4.54, mostly), or a tuple that starts with it."""
-
-
-class StandIn(nn.Module):
-    """Takes the place of a layer: notes its call, and hands the state on. Whatever else is asked of it, the layer answers."""
-
-    def __init__(self, layer: nn.Module, script: Script) -> None:
-        super().__init__()
-        self.__dict__["layer"] = layer  # no submodule: it has weights that must not be loaded
-        self.__dict__["script"] = script
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["layer"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.script.play(self.layer, args, kwargs)
-
-
-class Script:
-    """What happens during one forward pass over stand-ins."""
-
-    def __init__(self, layers: Sequence[nn.Module], form: Any, last: Tensor | None = None) -> None:
-        self._layers = list(layers)
-        self._form = form
-        self._last = last
-        self._handed: list[Tensor] = []
-        self.state: Tensor | None = None
-        self.calls: list[Call] = []
-
-    def play(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call of a stand-in: checks that it comes in turn with the state of the one before it."""
-        if len(self.calls) >= len(self._layers) or self._layers[len(self.calls)] is not layer:
-            raise Unreadable("its layers do not run once each, in order")
-        named = not args
-        state = kwargs.get(STATE) if named else args[0]
-        if not isinstance(state, Tensor) or state.ndim != 3:
-            raise TypeError(f"layer {len(self.calls)} is given no state of (samples, tokens, hidden)")
-        if self._handed and state is not self._handed[-1]:
-            raise Unreadable(f"something is done to the state between layers {len(self.calls) - 1} and {len(self.calls)}")
-        if self.state is None:
-            self.state = state
-        rest = {name: value for name, value in kwargs.items() if not named or name != STATE}
-        self._check([*args[1:], *rest.values()])
-        self.calls.append(Call(args[1:], rest, named))
-        done = len(self.calls) == len(self._layers)
-        # A tensor of its own, so that it is known again wherever it turns up.
-        self._handed.append(self._last if done and self._last is not None else state.view(state.shape))
-        return self._form(self._handed[-1])
-
-    def _check(self, values: Any) -> None:
-        """Raise when a layer is given something that another layer made: it is not known before that one has run."""
-        for value in values.values() if isinstance(values, dict) else values:
-            if isinstance(value, Mark) or any(value is state for state in self._handed):
-                raise Unreadable(f"layer {len(self.calls)} is given more of what layers before it made than the state")
-            if isinstance(value, tuple | list | dict):
-                self._check(value)
-
-    def check_all_ran(self) -> None:
-        """Raise when the pass ended before the last layer."""
-        if len(self.calls) != len(self._layers):
-            raise Unreadable(f"{len(self.calls)} of its {len(self._layers)} layers run")
-
-
-class Unreadable(Exception):
-    """A forward pass that stand-ins cannot follow."""
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([self.__dict__["there"]])
 
 
 class Skeleton:
@@ -133,7 +52,10 @@ class Skeleton:
         dtype: torch.dtype,
         kind: Any = AutoModel,
     ) -> None:
-        """`kind` is the auto class: with the LM head or without. Raises CheckpointError when transformers does not know the model."""
+        """`kind` is the auto class: with the LM head or, as `load_backbone` takes it, without.
+
+        Raises CheckpointError when transformers does not know the model.
+        """
         self.folder = checkpoint.folder
         self.device, self.dtype, self._weights = device, dtype, weights
         self.model = _on_meta(checkpoint, dtype, kind)
@@ -145,6 +67,7 @@ class Skeleton:
             stack[index] = StandIn(layer, Script([], FORMS[0]))
         self._stack = stack
         self._form = 0
+        self._ties = self._tied()
 
     @property
     def rest_size(self) -> int:
@@ -171,8 +94,11 @@ class Skeleton:
     def hidden(self) -> int:
         """Size of a state."""
         config: Any = self.model.config
-        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
-        return int(getattr(config.get_text_config(), "hidden_size", embeddings.weight.shape[-1]))
+        size = getattr(config.get_text_config(), "hidden_size", None)
+        if size is None:
+            embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+            size = embeddings.weight.shape[-1]
+        return int(size)
 
     @contextmanager
     def rest(self) -> Iterator[None]:
@@ -187,7 +113,7 @@ class Skeleton:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """One layer, loaded."""
-        self._fill(self._shell(index), self._names[index])
+        self._fill(self._shell(index), self._names[index], index)
         layer = self.layers[index].eval()
         try:
             yield layer
@@ -212,7 +138,7 @@ class Skeleton:
     def output(self, call: Call, layer: nn.Module, state: Tensor) -> Tensor:
         """The state that a layer makes of one."""
         output = call.on(layer, state)
-        output = output[0] if isinstance(output, tuple) else output
+        output = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(output, Tensor) or output.shape != state.shape:
             message = f"a layer of this model ({type(layer).__name__}) returns no state of the shape that it was given"
             raise RefusedError(message, where=self.folder, hint="it cannot be measured")
@@ -226,7 +152,7 @@ class Skeleton:
                 stand_in.__dict__["script"] = script
             try:
                 with quiet(), torch.inference_mode():
-                    output = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+                    output = self.model(**given(self.model, ids, mask))
                 script.check_all_ran()
             except (torch.OutOfMemoryError, LayercutError):
                 raise
@@ -237,8 +163,11 @@ class Skeleton:
                 continue
             self._form = form
             return script, output
-        message = f"this model cannot be streamed layer by layer: {reason}"
-        raise RefusedError(message, where=self.folder, hint="hold it in memory as a whole: give more with --memory")
+        raise RefusedError(f"this model cannot be streamed layer by layer: {reason}", where=self.folder, hint=WHOLE)
+
+    def _tied(self) -> set[str]:
+        """Names of weights that stand under another name in the file, if the model says so."""
+        return set(getattr(self.model, "all_tied_weights_keys", None) or {})
 
     def _shell(self, index: int) -> nn.Module:
         """A model that shares everything with the skeleton but its modules: of those it has the way down to one layer only."""
@@ -248,11 +177,16 @@ class Skeleton:
             inner = inner._modules[part]  # type: ignore[assignment]
             node._modules[part] = node = _bare(inner)
         layers = [layer if number == index else nn.Identity() for number, layer in enumerate(self.layers)]
-        node._modules[self._path[-1]] = nn.ModuleList(layers)
+        node._modules[self._path[-1]] = Single(layers, index)
         return shell
 
-    def _fill(self, model: nn.Module, names: Sequence[str]) -> None:
-        """Load weights into a model on the meta device, as transformers loads them: renamed, fused, cast, buffers computed."""
+    def _fill(self, model: nn.Module, names: Sequence[str], layer: int | None = None) -> None:
+        """Load weights into a model on the meta device, as transformers loads them: renamed, fused, cast, buffers computed.
+
+        For a layer, `model` is its shell. Raises RefusedError when it has values that neither its file nor its class gives.
+        """
+        if layer is not None:
+            self._compute_all(model, self.layers[layer], layer)
 
         class Given(type(self.model)):  # type: ignore[misc]
             """A class whose instances are the model that is there already."""
@@ -276,25 +210,68 @@ class Skeleton:
             raise
         except Exception as error:  # transformers and its backends have no common base class
             raise CheckpointError(f"transformers cannot load this model: {first_line(error)}", where=self.folder) from None
-        check_complete(found, self.folder)
+        if layer is not None and any(name in self._ties for name in found["missing_keys"]):
+            message = f"this model cannot be streamed layer by layer: layer {layer} shares weights with another one"
+            raise RefusedError(message, where=self.folder, hint=WHOLE)
+        missing = {name for name in found["missing_keys"] if not self._computed(name)}
+        check_complete({**found, "missing_keys": missing}, self.folder, f"if it loads as a whole, {WHOLE}")
+
+    def _computed(self, name: str) -> bool:
+        """Whether the class that config.json names says that a weight need not be in the file: positions that follow a formula."""
+        kind = named_class(self.folder)
+        patterns = getattr(kind, "_keys_to_ignore_on_load_missing", None) or ()
+        return any(re.search(pattern, f"{kind.base_model_prefix}.{name}") for pattern in patterns)
+
+    def _compute_all(self, shell: Any, layer: nn.Module, index: int) -> None:
+        """Have values of a layer that are in no file computed by the modules around it, where the layer does not do that itself."""
+        initialise = shell._initialize_missing_keys
+
+        def watched(*args: Any, **kwargs: Any) -> None:
+            computed = [(name, buffer) for name, buffer in layer.named_buffers() if buffer.is_floating_point() and not buffer.is_meta]
+            lost = {name for name, _ in computed} - layer.state_dict(keep_vars=True).keys()
+            for name, buffer in computed:
+                if name in lost:
+                    buffer.fill_(torch.nan)
+            initialise(*args, **kwargs)
+            around = [shell.get_submodule(".".join(self._path[:depth])) for depth in range(len(self._path))]
+            for module in around:
+                if any(layer.get_buffer(name).isnan().any() for name in sorted(lost)):
+                    with suppress(AttributeError), torch.no_grad():
+                        shell._init_weights(module)
+            left = next((name for name in sorted(lost) if layer.get_buffer(name).isnan().any()), None)
+            if left is not None:
+                message = f"this model cannot be streamed layer by layer: {left} of layer {index} is in no file"
+                raise RefusedError(message, where=self.folder, hint=WHOLE)
+
+        shell.__dict__["_initialize_missing_keys"] = watched
 
 
 def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype, kind: Any) -> nn.Module:
     folder = checkpoint.folder
     if checkpoint.config.get("quantization_config") is not None:
-        hint = "hold it in memory as a whole: give more with --memory"
-        raise RefusedError("a quantised model cannot be streamed layer by layer", where=folder, hint=hint)
+        raise RefusedError("a quantised model cannot be streamed layer by layer", where=folder, hint=WHOLE)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             config.use_cache = False
             with torch.device("meta"):
-                model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+                model = _built(folder, config, dtype, kind)
     except Exception as error:  # the same: no common base class
         raise own_code(error, folder) or CheckpointError(
             f"transformers cannot load this model: {first_line(error)}", where=folder
         ) from None
     return model.eval()
+
+
+def _built(folder: Path, config: Any, dtype: torch.dtype, kind: Any) -> nn.Module:
+    """A model of that kind. The bare model is that of the class which config.json names: it has what the task needs and no more."""
+    named = named_class(folder) if kind is AutoModel else None
+    if named is not None and isinstance(config, named.config_class or ()):
+        whole = named._from_config(config, dtype=dtype)
+        bare: nn.Module = whole.base_model
+        return bare
+    model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+    return model
 
 
 def _split(checkpoint: Checkpoint, prefix: str, depth: int) -> tuple[list[list[str]], list[str]]:

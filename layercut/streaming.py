@@ -18,11 +18,11 @@ from layercut.accumulators import Accumulators, Model
 from layercut.architecture import find_stack
 from layercut.arguments import Arguments
 from layercut.checkpoint import Checkpoint
-from layercut.errors import CalibrationError
+from layercut.errors import CalibrationError, CheckpointError
 from layercut.loading import quiet
 from layercut.memory import Room, give_back, shown
 from layercut.resident import padded
-from layercut.runner import Limits
+from layercut.runner import Limits, by_token
 from layercut.skeleton import Skeleton
 from layercut.spill import Spill
 from layercut.tokens import Sample
@@ -45,10 +45,16 @@ class Part(NamedTuple):
     start: int
     samples: list[Sample]
     rows: Tensor
+    shape: tuple[int, int]
+    """Samples and tokens of the whole batch, pads included."""
 
     def pick(self, state: Tensor) -> Tensor:
         """The wanted states, (tokens, hidden), of the state of the whole batch."""
-        return state[self.start : self.start + len(self.samples), : self.rows.shape[1]][self.rows.to(state.device)]
+        found = by_token(state, *self.shape)
+        if found is None:
+            message = f"a state between layers is {tuple(state.shape)}, where a batch has (samples, tokens) {self.shape}"
+            raise CheckpointError(message, hint="this architecture cannot be measured")
+        return found[self.start : self.start + len(self.samples), : self.rows.shape[1]][self.rows.to(state.device)]
 
 
 class Work(NamedTuple):
@@ -60,9 +66,12 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, batches: list[list[Sample]], accumulators: Accumulators, size: int) -> Work:
         """Parts of `size` samples at most."""
-        starts = [range(0, len(batch), size) for batch in batches]
-        cut = [[(start, batch[start : start + size]) for start in at] for batch, at in zip(batches, starts, strict=True)]
-        return cls(batches, [[Part(start, samples, accumulators.choose(samples)) for start, samples in parts] for parts in cut])
+
+        def part(batch: list[Sample], start: int) -> Part:
+            samples = batch[start : start + size]
+            return Part(start, samples, accumulators.choose(samples), (len(batch), _width(batch)))
+
+        return cls(batches, [[part(batch, start) for start in range(0, len(batch), size)] for batch in batches])
 
     @property
     def tokens(self) -> int:
@@ -204,4 +213,8 @@ class Streamed:
 
 def _area(batch: Sequence[Sample]) -> int:
     """Tokens of a batch, pads included."""
-    return len(batch) * max(len(sample.ids) for sample in batch)
+    return len(batch) * _width(batch)
+
+
+def _width(batch: Sequence[Sample]) -> int:
+    return max(len(sample.ids) for sample in batch)

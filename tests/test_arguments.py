@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from layercut.arguments import Arguments
-from layercut.skeleton import Call
 from layercut.spill import Spill
+from layercut.standins import Call
 
 CPU = torch.device("cpu")
 

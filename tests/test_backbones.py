@@ -15,8 +15,8 @@ import zoo
 from layercut.architecture import find_stack
 from layercut.checkpoint import open_checkpoint
 from layercut.errors import CheckpointError
-from layercut.loading import layers_of, load_backbone
-from layercut.runner import Runner, given
+from layercut.loading import given, layers_of, load_backbone
+from layercut.runner import Runner
 from layercut.tokens import Sample
 
 CPU = torch.device("cpu")

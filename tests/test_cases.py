@@ -564,7 +564,8 @@ def test_deepseek_without_its_prediction_layer(tmp_path: Path) -> None:
             "gemma4_text",
             GEMMA4,
             [11],
-            "model type gemma4_text: the class makes the last layer one of full attention, whatever layer_types says, so this stack would not run as it is",
+            "model type gemma4_text: the class makes the last layer one of full attention, whatever layer_types says, "
+            "so this stack would not run as it is",
         ),
         ("gemma3n_text", GEMMA3N, [4], f"model type gemma3n_text: {PRODUCERS}, {ELSE}"),
         ("gemma3n_text", GEMMA3N, [7], f"model type gemma3n_text: {PRODUCERS}, {ELSE}"),
@@ -578,8 +579,8 @@ def test_deepseek_without_its_prediction_layer(tmp_path: Path) -> None:
             "jamba",
             JAMBA,
             [1],
-            "config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers, for which the class reads no list) cannot describe "
-            "the new order of layers; choose layers that keep the pattern",
+            "config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers, for which the class reads no list) "
+            "cannot describe the new order of layers; choose layers that keep the pattern",
         ),
     ],
 )

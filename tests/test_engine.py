@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,8 @@ from typing import Any, cast
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from layercut import accumulators, encoding, engine, schedules
@@ -586,3 +589,35 @@ def test_smollm2_last_layer_is_measured_before_the_final_norm(smollm2: Path, tmp
     angular = found.tables[1].mean
     best = {size: min((angular[start][start + size], start) for start in range(31 - size))[1] for size in (1, 3, 6)}
     assert best == {1: 14, 3: 13, 6: 13}
+
+
+# Batches
+
+
+def lengths(sizes: Sequence[int], size: int, alike: bool = False) -> list[list[int]]:
+    text = [array("q", range(length)) for length in sizes]
+    return [[len(sample.ids) for sample in batch] for batch in engine._batches(text, 0, len(text), size, alike)]
+
+
+def test_batches_are_of_similar_length() -> None:
+    assert lengths([9, 3, 5, 9, 4], 2) == [[3, 4], [5, 9], [9]]
+
+
+def test_batches_of_one_length_where_pads_count() -> None:
+    assert lengths([9, 3, 5, 9, 9, 5], 2, alike=True) == [[3], [5, 5], [9, 9], [9]]
+
+
+def test_no_batch_has_as_many_samples_as_tokens() -> None:
+    """Whether layers take samples or tokens first would show nowhere."""
+    assert lengths([3, 3, 3, 4, 1], 3) == [[1], [3, 3], [3, 4]]
+    assert lengths([2, 2, 2], 2) == [[2], [2], [2]]
+    assert lengths([1], 1) == [[1]]
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=30), st.integers(1, 7), st.booleans())
+def test_batches_hold_every_sample_once(sizes: list[int], size: int, alike: bool) -> None:
+    made = lengths(sizes, size, alike)
+    assert sorted(length for batch in made for length in batch) == sorted(sizes)
+    assert all(1 <= len(batch) <= size for batch in made)
+    assert all(len(batch) != max(batch) or len(batch) == 1 for batch in made)
+    assert not alike or all(len(set(batch)) == 1 for batch in made)

@@ -12,6 +12,7 @@ import torch
 from conftest import tiny_model
 
 from layercut import api
+from layercut.cli import main
 from layercut.errors import CalibrationError
 from layercut.plan import Plan
 from layercut.recipe import Recipe
@@ -157,6 +158,20 @@ def test_less_text_than_auto_may_take(model: Path, forwards: list[int], tmp_path
 def test_auto_with_a_metric_that_keeps_no_samples(model: Path, forwards: list[int]) -> None:
     with pytest.raises(CalibrationError, match=r"samples: auto cannot tell whether linear\[skip-first-1\] is settled"):
         planned(model, metric="linear", calibration={"source": "builtin", "samples": "auto", "max_length": 16})
+
+
+def test_auto_of_the_command_says_how_sure_it_is(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "three.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one text", "another", "x")))
+    arguments = ["analyze", str(model), "--text", str(path), "--max-length", "8", "-q"]
+    assert main([*arguments, "--samples", "auto"]) == 0
+    shown = capsys.readouterr().out
+    told = shown.partition("how sure that is\n")[2].splitlines()
+    assert [line.split(":")[0] for line in told] == [f"  blocks of {size}" for size in range(1, 6)]
+    assert main([*arguments, "--samples", "2"]) == 0
+    assert "how sure" not in capsys.readouterr().out
+    assert main([*arguments, "--samples", "some"]) == 2
+    assert "Invalid value for '--samples': 'some' is not a valid integer range." in capsys.readouterr().err
 
 
 def test_auto_of_an_analysis_settles_all_block_sizes(model: Path, forwards: list[int]) -> None:

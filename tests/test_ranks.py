@@ -92,6 +92,23 @@ def test_shares_are_all_there_is_and_differ_by_one_at_most(items: list[int], wor
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ],
+)
+def test_a_place_under_mpi(names: tuple[str, ...]) -> None:
+    """With `--cpu` and a host file `accelerate launch` starts mpirun, which has names of its own."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    place = dict(zip(names, ("2", "4", "0", "2"), strict=True))
+    assert Seat.launched({**place, **meeting}) == Seat(2, 4, 0, 2)
+    assert Seat.launched(place) == Seat()
+    assert Seat.launched({**place, **LAUNCHED}) == Seat(1, 3, 0, 2)
+
+
 # Between ranks
 
 
@@ -241,6 +258,8 @@ def test_ranks_that_do_not_find_each_other() -> None:
 SCRIPT = """
 import os, sys, time
 import torch
+if sys.argv[1] == "group":
+    torch.distributed.init_process_group("gloo")
 from layercut.errors import LayercutError
 from layercut.ranks import SilentError, joined
 try:
@@ -248,13 +267,18 @@ try:
         print("joined", flush=True)
         if ranks.seat.rank == 1 and sys.argv[1] == "raise":
             raise LayercutError("the weights are damaged", where="m")
-        if ranks.seat.rank == 1 and sys.argv[1] != "work":
+        if ranks.seat.rank == 1 and sys.argv[1] == "sleep":
             try:
                 time.sleep(60)
             except Exception:  # what ends a run must not be taken for a failure of what it interrupted
                 raise LayercutError("taken for an error") from None
         found = ranks.collect({"x": torch.full((2,), float(ranks.seat.rank))}, {"samples": ranks.seat.rank})
         print(ranks.hand_out("sum", str(sum(float(s["x"].sum()) for s, _ in found)) if ranks.main else None), flush=True)
+    if sys.argv[1] == "group":
+        total = torch.ones(1)
+        torch.distributed.all_reduce(total)
+        print("group of", int(total), flush=True)
+        torch.distributed.destroy_process_group()
 except SilentError:
     sys.exit(1)
 except LayercutError as error:
@@ -294,6 +318,11 @@ def when_joined(process: subprocess.Popen[str], number: int) -> None:
 
 def test_processes_work_together() -> None:
     assert ended(start("work")) == [(0, "joined\n2.0\n"), (0, "joined\n2.0\n")]
+
+
+def test_ranks_meet_beside_a_process_group_that_is_there_already() -> None:
+    """As in a script that made an `Accelerator` first: both meet at the same port, and neither is in the way of the other."""
+    assert ended(start("group")) == [(0, "joined\n2.0\ngroup of 2\n")] * 2
 
 
 def test_a_rank_that_raises_is_heard_once() -> None:

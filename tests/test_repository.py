@@ -47,7 +47,7 @@ HEAVY = ("accelerate", "datasets", "numpy", "pandas", "pyarrow", "torch", "trans
 LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "axes", "caches", "canvas", "chattemplates", "errors", "exceptions", "hands", "implied", "jsontext", "record", "sharing", "sizes",
-        "towers", "version",
+        "standins", "towers", "version",
     ),
     ("declarations", "hubfaults", "smallfile"),
     ("calibration", "conversions", "copying", "header", "stack", "tokens", "yamltext"),
@@ -90,7 +90,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 # Modules that import torch when they are imported; the others reach for them inside functions.
 MEASURING = (
     "accumulators", "arguments", "draw", "encoding", "engine", "loading", "perplexity", "resident", "runner", "schedules", "skeleton",
-    "spill", "streaming", "sums", "weights",
+    "spill", "standins", "streaming", "sums", "weights",
 )  # fmt: skip
 # Tests of the whole, which have no module of their own.
 OF_THE_WHOLE = (
@@ -102,6 +102,8 @@ OF_THE_WHOLE = (
     "docs",
     "end_to_end",
     "every_architecture",
+    "every_measurement",
+    "families",
     "frankenmerge",
     "fuzz",
     "hostile",

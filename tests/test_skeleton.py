@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from layercut.checkpoint import open_checkpoint
 from layercut.errors import CheckpointError, RefusedError
 from layercut.loading import load_backbone, load_causal_lm
-from layercut.skeleton import FORMS, Call, Mark, Script, Skeleton, StandIn, Unreadable
+from layercut.skeleton import Skeleton
+from layercut.standins import FORMS, Call, Mark, Script, StandIn, Unreadable
 from layercut.weights import Weights
 
 Tiny = Callable[..., Path]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer, tiny_config
+from families import COMMON, KINDS, configs, save
 
 from layercut import streaming
 from layercut.accumulators import Accumulators
@@ -33,46 +33,6 @@ Tiny = Callable[..., Path]
 CPU = torch.device("cpu")
 PLENTY, NOTHING = Room(10**12, "plenty"), Room(0, "nothing")
 METRICS: tuple[Metric, ...] = (Angular(), Angular(token="all"), Cosine(), Linear(), CKA())
-COMMON = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_hidden_layers": 4, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-RECURRENT = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 4, "state_size": 4}
-
-
-def configs() -> dict[str, Any]:
-    """Tiny configs of the families."""
-    mixtral = transformers.MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2)
-    deepseek = transformers.DeepseekV3Config(
-        **{**COMMON, "num_key_value_heads": 4}, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-        moe_intermediate_size=16, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
-        v_head_dim=8, n_shared_experts=1,
-    )  # fmt: skip
-    return {
-        **{kind: tiny_config(kind, 4) for kind in ("llama", "qwen3", "gpt2", "gemma3_text")},
-        "gpt_neox": transformers.GPTNeoXConfig(**{key: value for key, value in COMMON.items() if key != "num_key_value_heads"}),
-        "mixtral": mixtral,
-        "deepseek_v3": deepseek,
-        "mamba": transformers.MambaConfig(**RECURRENT, pad_token_id=0),
-        "bloom": transformers.BloomConfig(vocab_size=128, hidden_size=32, n_head=4, n_layer=4),
-        "recurrent_gemma": transformers.RecurrentGemmaConfig(
-            **{**COMMON, "num_key_value_heads": 1}, lru_width=32, attention_window_size=16, head_dim=8
-        ),
-    }
-
-
-FAMILIES = ("llama", "qwen3", "gpt2", "gemma3_text", "gpt_neox", "mixtral", "deepseek_v3", "mamba", "bloom", "recurrent_gemma")
-
-
-def save(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    torch.manual_seed(0)
-    with quiet(), torch.no_grad():
-        model = transformers.AutoModelForCausalLM.from_config(config).float()
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-        model.to(dtype).save_pretrained(folder, max_shard_size="60KB")
-    byte_tokenizer().save_pretrained(folder)
-    return open_checkpoint(folder)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +103,7 @@ def near(found: tuple[Table, ...], expected: tuple[Table, ...], tolerance: float
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_streamed_is_resident_to_the_last_bit(family: Callable[..., Checkpoint], tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     """Without room for the states of a whole batch, samples are handed over one by one, and added up in that order."""
     checkpoint = family(kind, dtype)
@@ -257,11 +217,41 @@ def test_a_quantised_model_is_refused(family: Callable[..., Checkpoint], tmp_pat
         streamed(tmp_path, [open_checkpoint(folder)], PADDED)
 
 
+def test_weights_that_layers_share_are_not_streamed(tmp_path: Path) -> None:
+    """Zamba's file holds the weights of its attention once, with the first layer that has any."""
+    kinds = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
+    sizes = {**COMMON, "attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 4, "num_key_value_heads": 4}
+    checkpoint = save(tmp_path / "zamba", transformers.ZambaConfig(**{**sizes, "layers_block_type": kinds}))
+    with pytest.raises(RefusedError, match=r"cannot be streamed layer by layer: layer 3 shares weights with another one; hold it in"):
+        streamed(tmp_path, [checkpoint], PADDED)
+
+
+def falcon_h1() -> Any:
+    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+    return transformers.FalconH1Config(**COMMON, **sizes, ssm_multipliers=[0.5, 0.25, 2.0, 1.5, 0.75])
+
+
+def test_values_that_the_model_computes_for_its_layers_are_there(tmp_path: Path) -> None:
+    """In no file, and no layer computes them itself: multipliers of Falcon-H1, which the model puts into each."""
+    checkpoint = save(tmp_path / "falcon", falcon_h1())
+    whole = resident(checkpoint, PADDED, torch.float32)
+    near(streamed(tmp_path, [checkpoint], PADDED).tables, whole.tables, 1e-9)
+
+
+def test_values_that_nobody_computes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = save(tmp_path / "falcon", falcon_h1())
+    kind = transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Model
+    plain = transformers.PreTrainedModel._init_weights
+    monkeypatch.setattr(kind, "_init_weights", plain)
+    with pytest.raises(RefusedError, match=r"cannot be streamed layer by layer: mamba\.mup_vector of layer 0 is in no file; hold it in"):
+        streamed(tmp_path, [checkpoint], PADDED)
+
+
 def test_a_missing_weight(tmp_path: Path) -> None:
     config = configs()["llama"]
     checkpoint = save(tmp_path / "m", config)
     checkpoint.tensors.pop("model.layers.2.mlp.up_proj.weight")  # type: ignore[attr-defined]
-    with pytest.raises(CheckpointError, match=r"m: weights are missing: layers\.2\.mlp\.up_proj\.weight$"):
+    with pytest.raises(CheckpointError, match=r"m: weights are missing: layers\.2\.mlp\.up_proj\.weight; if it loads as a whole, hold"):
         streamed(tmp_path, [checkpoint], PADDED)
 
 
