@@ -78,6 +78,10 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
         raise click.BadParameter(str(error)) from None
 
 
+def _samples(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    return value if value in (None, "auto") else click.IntRange(min=1).convert(value, parameter, context)
+
+
 memory = click.option(
     "--memory",
     metavar="SIZE",
@@ -164,7 +168,9 @@ def _metric(text: str) -> Metric:
     "--text", metavar="PATH", help="Text to measure on (.txt, .jsonl, .csv, .parquet), instead of the recipe's or the built-in one."
 )
 @click.option("--column", help="Column of the text in .jsonl, .csv and .parquet.")
-@click.option("--samples", type=click.IntRange(min=1), help="Token sequences at most, instead of the recipe's number or 128.")
+@click.option(
+    "--samples", metavar="N|auto", callback=_samples, help="Token sequences at most, or auto, instead of the recipe's number or 128."
+)
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a sequence at most, instead of the recipe's number or 512.")
 @overrides
 @memory

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layercut.calibration import first_line
-from layercut.errors import CalibrationError, CheckpointError
+from layercut.errors import CalibrationError, CheckpointError, first_line
 from layercut.loading import layers_of
 from layercut.tokens import Sample
 

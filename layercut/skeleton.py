@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from layercut.calibration import first_line
 from layercut.checkpoint import Checkpoint
-from layercut.errors import CheckpointError, LayercutError, RefusedError
+from layercut.errors import CheckpointError, LayercutError, RefusedError, first_line
 from layercut.loading import check_complete, layers_of, own_code, quiet
 from layercut.weights import Weights
 

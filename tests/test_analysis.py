@@ -279,7 +279,8 @@ def test_the_command_prints_the_table(tiny: Callable[..., Path], tmp_path: Path,
     best = [ranking.blocks[1] for ranking in found.rankings]
     lines = shown.out.splitlines()
     assert lines[0] == f"{model}: 6 layers, {found.about}"
-    assert lines[1] == "nearest block of each size (layers from 0, both ends included)"
+    assert lines[1] == "  1 document read, none skipped; BOS not added (auto)"
+    assert lines.pop(2) == "nearest block of each size (layers from 0, both ends included)"
     assert lines[2].split() == ["block", "size", "angular[last]", "cosine[-1]"]
     cells = [part for block in best for part in (block.removed, f"{block.score:.4f}", "±", f"{block.stderr:.4f}")]
     assert lines[4].split() == ["2", *cells]

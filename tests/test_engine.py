@@ -319,7 +319,8 @@ def test_details(tiny: Tiny, tmp_path: Path) -> None:
     found = run({"m": tiny("llama")}, [Cosine()], calibration)
     assert found.details == {
         "source": "text", "path": str(tmp_path / "t.jsonl"), "column": None, "samples": 16, "max_length": 64,
-        "min_length": 1, "seed": None, "documents_read": 5, "documents_skipped": 2, "documents_too_short": 0,
+        "prompt": None, "completion": None, "min_length": 1, "packed": False, "seed": None,
+        "documents_read": 7, "documents_skipped": {"empty": 2},
         "bos": "not added", "bos_policy": "auto", "prefix": [],
         "dtype": {"m": "float32"}, "device": "cpu", "schedule": "resident: 255.6 kB of weights in float32",
         "torch": torch.__version__, "transformers": transformers.__version__,

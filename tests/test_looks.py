@@ -12,6 +12,7 @@ import torch
 from conftest import tiny_model
 
 from layercut import api
+from layercut.cli import main
 from layercut.errors import CalibrationError
 from layercut.plan import Plan
 from layercut.recipe import Recipe
@@ -127,6 +128,42 @@ def test_auto_ends_at_its_most_and_says_so(model: Path, forwards: list[int]) -> 
     assert plan.measurement.samples == 5
     assert plan.measurement.details["settled"] is False
     assert any("not settled" in note and "more text may lead to" in note for note in plan.notes)
+
+
+AUTO = {"source": "builtin", "samples": {"least": 2, "most": 5}, "max_length": 4}
+
+
+def test_what_was_settled_is_found_again(model: Path, forwards: list[int]) -> None:
+    first = planned(model, calibration=AUTO)
+    assert sorted(forwards) == list(range(5))
+    assert planned(model, calibration=AUTO, output="elsewhere", evaluate={"generate": "hello"}).measurement == first.measurement
+    assert planned(model, calibration=AUTO).to_json() == first.to_json()
+    assert len(forwards) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": [{"prune": {"layers": 3}}]},
+        {"metric": {"name": "cosine", "token": "all"}},
+        {"calibration": {"source": "builtin", "samples": {"least": 2, "most": 4}, "max_length": 4}},
+    ],
+)
+def test_another_question_is_settled_anew(model: Path, forwards: list[int], change: dict[str, Any]) -> None:
+    planned(model, calibration=AUTO)
+    forwards.clear()
+    planned(model, **{"calibration": AUTO, **change})
+    assert forwards != []
+
+
+def test_an_analysis_finds_its_own_again(model: Path, forwards: list[int]) -> None:
+    text = {"samples": {"least": 2, "most": 4}, "max_length": 4}
+    first = api.analyze(model, text=text, progress=False)
+    forwards.clear()
+    assert api.analyze(model, text=text, progress=False) == first
+    assert forwards == []
+    assert main(["analyze", str(model), "--samples", "auto", "--max-length", "4", "--quiet"]) == 0
+    assert len(forwards) >= 8
 
 
 def test_looks_give_the_numbers_of_one_pass(model: Path, forwards: list[int]) -> None:
