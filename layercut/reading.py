@@ -26,7 +26,7 @@ class Text(NamedTuple):
     def sequences(self) -> Iterator[Sequence[int]]:
         """All that numbers depend on."""
         yield from self.ids
-        yield from (completion or b"" for completion in self.completions)
+        yield from (list(completion or b"") for completion in self.completions)
 
 
 class Reading(NamedTuple):

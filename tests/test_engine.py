@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, chat_tokenizer, tiny_model
 from torch import nn
 
 from layercut import accumulators, encoding, engine, schedules
@@ -24,6 +24,7 @@ from layercut.checkpoint import open_checkpoint
 from layercut.engine import measure
 from layercut.errors import CalibrationError, CheckpointError, LayercutError, RefusedError
 from layercut.loading import bos_prefix, layers_of, load_backbone, load_tokenizer, pick_device
+from layercut.memory import room_of as memory_room
 from layercut.metrics import Angular, Cosine, Metric
 from layercut.plan import Measurement, Table
 
@@ -216,6 +217,76 @@ def test_layers_that_do_nothing_are_at_distance_zero(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     table = run({"m": folder}, [Angular(token="all")], jsonl(tmp_path / "t.jsonl", TEXTS)).tables[0]
     assert table.mean[5][6] < 1e-7  # the last layer, before the final norm: the state is the same
+
+
+# Conversations
+
+
+CHATS = [["hi", "yes"], ["a longer question", "and an answer of some length", "more", "no"], ["x", "y"], ["why", "because it is so"]]
+
+
+def chats(path: Path, talks: Sequence[Sequence[str]] = CHATS, **settings: Any) -> TextCalibration:
+    rows = [{"messages": [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(talk)]} for talk in talks]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return TextCalibration(path=str(path), **{"max_length": 160, **settings})
+
+
+@pytest.mark.parametrize("free", [10**9, 300_000])
+def test_completions_equal_plain_loops_in_both_schedules(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """Over the words of the assistant and the token that ends its turn, and no other token; batches with pads."""
+    tokenizer = chat_tokenizer()
+    folder = with_tokenizer(tiny("llama"), tmp_path / "chat", tokenizer)
+    samples, places = [], []
+    for talk in CHATS:
+        ids: list[int] = []
+        mine: list[int] = []
+        for turn, text in enumerate(talk):
+            head, said = (
+                tokenizer(part, add_special_tokens=False)["input_ids"]
+                for part in (f"<|im_start|>{('user', 'assistant')[turn % 2]}\n", f"{text}<|im_end|>")
+            )
+            mine += range(len(ids) + len(head), len(ids) + len(head) + len(said)) if turn % 2 else ()
+            ids += [*head, *said, head[-1]]  # a line ends as the head does
+        samples.append(ids)
+        places.append(mine)
+    true = [states_of(folder, ids) for ids in samples]
+    only = [[[state[at] for at in mine] for state in states] for states, mine in zip(true, places, strict=True)]
+    monkeypatch.setattr(schedules, "room_of", lambda memory=None: memory_room(memory, free))
+    found = run({"m": folder}, [Cosine(token="completion"), Cosine()], chats(tmp_path / "c.jsonl", batch_size=3))
+    assert found.details["schedule"].startswith("resident" if free == 10**9 else "streamed")
+    assert found.tokens == sum(map(len, samples))
+    assert worst(found.tables[0], by_hand(Cosine(), only, only)) < 1e-5
+    assert worst(found.tables[1], by_hand(Cosine(), true, true)) < 1e-5
+
+
+def test_plain_text_has_no_completions(tiny: Tiny, tmp_path: Path, spy: Spy) -> None:
+    message = refused(CalibrationError, {"m": tiny("llama")}, [Cosine(token="completion")], jsonl(tmp_path / "t.jsonl", TEXTS))
+    hint = "use conversations, or another token"
+    assert message == f"metric cosine[completion] needs completions, but sample 0 is no conversation; {hint}"
+    assert spy.model is None, "this is told before the model is loaded"
+
+
+def test_two_models_read_a_conversation_alike(tiny: Tiny, tmp_path: Path) -> None:
+    """The base model has no template: that of the chat model counts for both."""
+    chat = with_tokenizer(tiny("llama"), tmp_path / "chat", chat_tokenizer())
+    base = with_tokenizer(tiny("qwen3"), tmp_path / "base", chat_tokenizer(None))
+    metric = Cosine(token="completion")
+    both = run({"base": base, "chat": chat}, [metric], chats(tmp_path / "c.jsonl"))
+    assert [(table.a, table.b) for table in both.tables] == [("base", "base"), ("base", "chat"), ("chat", "chat")]
+    alone = run({"chat": chat}, [metric], chats(tmp_path / "c.jsonl"))
+    assert worst(both.tables[2], lists(alone.tables[0])) < 1e-9
+    plain = with_tokenizer(tiny("qwen3"), tmp_path / "plain", byte_tokenizer())
+    message = refused(RefusedError, {"plain": plain, "chat": chat}, [metric], chats(tmp_path / "c.jsonl"))
+    assert message.startswith("the tokenizers of 'plain' and 'chat' differ: token 0 of a text is ")
+
+
+def test_packed_and_apart_are_two_measurements(tiny: Tiny, tmp_path: Path) -> None:
+    calibration = jsonl(tmp_path / "t.jsonl", TEXTS).model_copy(update={"max_length": 16, "packed": True})
+    found = run({"m": tiny("llama")}, [Cosine()], calibration)
+    whole = [token for text in TEXTS for token in (*byte_tokenizer()(text)["input_ids"], 2)][:-1]
+    true = [states_of(tiny("llama"), whole[at : at + 16]) for at in range(0, len(whole) - 15, 16)]
+    assert (found.samples, found.tokens) == (len(true), 16 * len(true))
+    assert worst(found.tables[0], by_hand(Cosine(), true, true)) < 1e-5
 
 
 # One pass, and nothing left behind

@@ -99,7 +99,7 @@ def test_a_source_that_gives_nothing_is_named(tmp_path: Path) -> None:
 def test_one_source_that_gives_nothing(tmp_path: Path) -> None:
     calibration = TextCalibration(path=rows(tmp_path / "a.jsonl", ["a", "", "b"]), min_length=9)
     hint = "lower min_length or use longer texts"
-    assert fault(calibration) == f"the calibration text gives no sample: of 3 documents 1 empty, 2 too short; {hint}"
+    assert fault(calibration) == f"the calibration text gives no sample: of 3 documents 2 too short, 1 empty; {hint}"
 
 
 # Conversations
@@ -114,7 +114,7 @@ def test_conversations_in_chatml(tmp_path: Path) -> None:
     assert completion is not None
     mine = [token for token, wanted in zip(found.text.ids[0], completion, strict=True) if wanted]
     assert tokenizer.decode(mine) == "yes<|im_end|>"
-    assert len(list(found.text.sequences)) == 2
+    assert list(found.text.sequences) == [found.text.ids[0], list(completion)]
     assert reading(calibration, tokenizer).text.completions == [None]
 
 
@@ -145,11 +145,8 @@ def test_bos_is_what_the_template_writes_unless_the_recipe_says_otherwise(
 
 
 def test_text_and_conversations_may_start_differently(tmp_path: Path) -> None:
-    parts = (
-        TextPart(path=rows(tmp_path / "a.jsonl", ["x", "y", "z"])),
-        TextPart(path=rows(tmp_path / "b.jsonl", [talk("q", "a")], "messages")),
-    )
-    found = reading(MixCalibration(of=parts, samples=2), chat_tokenizer(BOS))
+    paths = rows(tmp_path / "a.jsonl", ["x", "y", "z"]), rows(tmp_path / "b.jsonl", [talk("q", "a")], "messages")
+    found = reading(MixCalibration(of=tuple(TextPart(path=path) for path in paths), samples=2), chat_tokenizer(BOS))
     assert found.account(2)["bos"] == "in 1 of 2 samples"
 
 
