@@ -22,22 +22,26 @@ def text_name(details: Mapping[str, Any]) -> str:
 
 def account_rows(measurement: Measurement) -> Iterator[tuple[str, str]]:
     """What was measured on, as rows of a table."""
-    details = measurement.details
-    yield "measured on", f"{measurement.samples} samples with {measurement.tokens} tokens of {text_name(details)}"
+    used = f"{measurement.samples} samples, {measurement.tokens} tokens of {text_name(measurement.details)}"
+    first, *parts = account_lines(measurement.details)
+    yield "measured", f"{used}; {first}" if first else used
+    yield from (("", part) for part in parts)
+
+
+def account_lines(details: Mapping[str, Any]) -> Iterator[str]:
+    """What became of the documents, and BOS; and for each source of a mix what it gave."""
+    yield f"{_documents(details)}; {_bos(details)}" if "documents_read" in details else ""
     parts = details.get("by_source")
     for part in parts if isinstance(parts, list) else ():
         if isinstance(part, Mapping):
-            yield "", f"{_share(part)}; {_documents(part)}"
-    told = [_documents(details), _bos(details)] if "documents_read" in details else []
-    if told:
-        yield "", "; ".join(text for text in told if text)
+            yield f"{_share(part)}; {_documents(part)}"
 
 
 def _share(part: Mapping[str, Any]) -> str:
     """What a source of a mix gave, and whether that is less than its share."""
     wanted, found = part.get("samples_wanted"), part.get("samples_found")
     ended = f", which ended after {found} of {wanted} samples" if wanted != found else ""
-    return f"{part.get('samples')} samples with {part.get('tokens')} tokens of {text_name(part)}{ended}"
+    return f"{part.get('samples')} samples, {part.get('tokens')} tokens of {text_name(part)}{ended}"
 
 
 def _documents(details: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from layercut.accounts import account_rows
+from layercut.accounts import account_lines, account_rows
 from layercut.analysis import Analysis
 from layercut.architecture import LayerStack, Member, find_stacks
 from layercut.checkpoint import Checkpoint
@@ -171,7 +171,7 @@ def analysis_text(analysis: Analysis) -> str:
             rows.append((str(blocks[0].size), *(f"{block.removed:7} {block.score:.4f} ± {block.stderr:.4f}" for block in blocks)))
         lines += [
             f"{model.reference}: {model.depth} layers, {analysis.about}",
-            *(f"  {text}" for _, text in list(account_rows(analysis.measurement))[1:]),
+            *(f"  {line}" for line in account_lines(analysis.measurement.details)),
             "nearest block of each size (layers from 0, both ends included)",
         ]
         lines += [*columns(rows), ""]

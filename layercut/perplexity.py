@@ -110,7 +110,7 @@ class LanguageModel:
         room = calibration.max_length - len(prefix)
         if room < 1:
             raise CalibrationError(f"max_length {calibration.max_length} leaves no room after {len(prefix)} special tokens")
-        text = (encode(self.tokenizer, part) for part in _joined(calibration, self.tokenizer))
+        text = (encode(self.tokenizer, part) for part in _joined(calibration, self.tokenizer, self.folder))
         cut = itertools.islice(([*prefix, *window] for window in windows(text, room)), calibration.most)
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         itemsize = torch.finfo(self.model.dtype).bits // 8
@@ -147,7 +147,7 @@ def generate(folder: Path, prompt: str, tokens: int = 30) -> str:
     return LanguageModel(folder).generate(prompt, tokens)
 
 
-def _joined(calibration: Single, tokenizer: Any) -> Iterator[str]:
+def _joined(calibration: Single, tokenizer: Any, folder: Path) -> Iterator[str]:
     """The text as one: documents and files are separated by a blank line, the parts of a running text by nothing.
 
     A conversation is what the chat template makes of it; one that it does not take is left out.
@@ -158,7 +158,7 @@ def _joined(calibration: Single, tokenizer: Any) -> Iterator[str]:
         if isinstance(content, str):
             text = content
         else:
-            template = template or ChatTemplate({calibration.title: tokenizer})
+            template = template or ChatTemplate({str(folder): tokenizer})
             try:
                 text = template.text(content)
             except RefusedConversation:

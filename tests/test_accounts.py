@@ -18,18 +18,15 @@ def rows(**details: Any) -> list[tuple[str, str]]:
 
 def test_one_source() -> None:
     assert rows(source="builtin", documents_read=1, documents_skipped={}, **BOTH) == [
-        ("measured on", "4 samples with 100 tokens of builtin text"),
-        ("", "1 document read, none skipped; BOS added (auto)"),
+        ("measured", "4 samples, 100 tokens of builtin text; 1 document read, none skipped; BOS added (auto)"),
     ]
 
 
 def test_what_was_skipped_and_why() -> None:
     skipped = {"empty": 2, "without an assistant turn": 1}
-    told = rows(source="text", path="a.jsonl", documents_read=7, documents_skipped=skipped, bos="not added", bos_policy=False)
-    assert told == [
-        ("measured on", "4 samples with 100 tokens of a.jsonl"),
-        ("", "7 documents read, skipped 2 empty, 1 without an assistant turn; BOS not added (bos: false)"),
-    ]
+    ((_, told),) = rows(source="text", path="a.jsonl", documents_read=7, documents_skipped=skipped, bos="not added", bos_policy=False)
+    documents = "7 documents read, skipped 2 empty, 1 without an assistant turn"
+    assert told == f"4 samples, 100 tokens of a.jsonl; {documents}; BOS not added (bos: false)"
 
 
 def test_a_mix_and_a_source_that_ended() -> None:
@@ -40,10 +37,9 @@ def test_a_mix_and_a_source_that_ended() -> None:
          "documents_skipped": {"too short": 2}},
     ]  # fmt: skip
     assert rows(source="mix", by_source=parts, documents_read=4, documents_skipped={"too short": 2}, **BOTH) == [
-        ("measured on", "4 samples with 100 tokens of a.txt and x/y"),
-        ("", "3 samples with 90 tokens of a.txt; 1 document read, none skipped"),
-        ("", "1 samples with 10 tokens of x/y, which ended after 1 of 2 samples; 3 documents read, skipped 2 too short"),
-        ("", "4 documents read, skipped 2 too short; BOS added (auto)"),
+        ("measured", "4 samples, 100 tokens of a.txt and x/y; 4 documents read, skipped 2 too short; BOS added (auto)"),
+        ("", "3 samples, 90 tokens of a.txt; 1 document read, none skipped"),
+        ("", "1 samples, 10 tokens of x/y, which ended after 1 of 2 samples; 3 documents read, skipped 2 too short"),
     ]
 
 
@@ -53,7 +49,7 @@ def test_a_mix_and_a_source_that_ended() -> None:
 )
 def test_details_of_any_form(details: dict[str, Any]) -> None:
     told = rows(**details)
-    assert told[0][0] == "measured on"
+    assert told[0][0] == "measured"
     assert all(isinstance(text, str) for row in told for text in row)
 
 

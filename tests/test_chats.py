@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from conftest import CHATML, chat_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from layercut.chats import ChatTemplate
 from layercut.conversations import Conversation
@@ -136,6 +138,13 @@ def test_without_tags_the_words_are_found_and_the_token_that_ends_the_turn() -> 
     assert written(CHATML, TALK[:2]) == []
     assert written(CHATML, ({"role": "assistant", "content": ""}, TALK[1])) == ["<|im_end|>"]
     assert written(CHATML.replace("<|im_end|>", ""), TALK) == ["hi", "more words"]
+
+
+@settings(max_examples=40)
+@given(st.lists(st.text(st.sampled_from("ab \n<|im_end|>\ue000"), max_size=8), min_size=1, max_size=5))
+def test_the_words_are_those_that_tags_would_mark(contents: list[str]) -> None:
+    talk = tuple({"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents))
+    assert written(CHATML, talk) == written(TAGGED, talk)
 
 
 def test_words_that_stand_in_the_conversation_before() -> None:

@@ -48,7 +48,6 @@ RESULTS: dict[str, list[int] | int] = {
     "expand": 37,
     "keep-and-prune": [layer for layer in range(24) if layer not in (4, 8, 12, 16, 20)],
     "llama-3-8b": 24,
-    "mixed-text": 24,
     "own-text": 23,
     "prune-one-by-one": 24,
     "quickstart": 24,

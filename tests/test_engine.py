@@ -18,13 +18,12 @@ import torch
 from conftest import byte_tokenizer, chat_tokenizer, tiny_model
 from torch import nn
 
-from layercut import accumulators, encoding, engine, schedules
+from layercut import accumulators, encoding, engine, memory, schedules
 from layercut.calibration import BuiltinCalibration, TextCalibration
 from layercut.checkpoint import open_checkpoint
 from layercut.engine import measure
 from layercut.errors import CalibrationError, CheckpointError, LayercutError, RefusedError
 from layercut.loading import bos_prefix, layers_of, load_backbone, load_tokenizer, pick_device
-from layercut.memory import room_of as memory_room
 from layercut.metrics import Angular, Cosine, Metric
 from layercut.plan import Measurement, Table
 
@@ -251,7 +250,7 @@ def test_completions_equal_plain_loops_in_both_schedules(tiny: Tiny, tmp_path: P
         places.append(mine)
     true = [states_of(folder, ids) for ids in samples]
     only = [[[state[at] for at in mine] for state in states] for states, mine in zip(true, places, strict=True)]
-    monkeypatch.setattr(schedules, "room_of", lambda memory=None: memory_room(memory, free))
+    monkeypatch.setattr(memory, "free_memory", lambda: {"memory": free})
     found = run({"m": folder}, [Cosine(token="completion"), Cosine()], chats(tmp_path / "c.jsonl", batch_size=3))
     assert found.details["schedule"].startswith("resident" if free == 10**9 else "streamed")
     assert found.tokens == sum(map(len, samples))

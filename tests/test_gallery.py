@@ -165,7 +165,6 @@ CHOSEN: Mapping[str, tuple[int, Mapping[tuple[int, int], float], Order]] = {
     "deepest": (24, {(3, 9): 0.01}, cut(SMOLLM2, (0, 23), (29, 30))),
     "depth-up-scale": (40, {(9, 19): 0.01}, cut(SMOLLM2, (0, 19), (9, 30))),
     "llama-3-8b": (24, {(20, 28): 0.01}, cut("meta-llama/Meta-Llama-3-8B", (0, 20), (28, 32))),
-    "mixed-text": (24, {(11, 17): 0.01}, cut(SMOLLM2, (0, 11), (17, 30))),
     "own-text": (23, {(10, 17): 0.01}, cut(SMOLLM2, (0, 10), (17, 30))),
     "prune-one-by-one": (24, {(3, 5): 0.01, (10, 12): 0.02, (20, 22): 0.03}, cut(SMOLLM2, (0, 3), (5, 10), (12, 20), (22, 30))),
     "quickstart": (24, {(13, 19): 0.01}, cut(DEMO, (0, 13), (19, 30))),
