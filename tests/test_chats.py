@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layercut.chats import ChatTemplate
+from layercut.chattemplates import TEMPLATES
 from layercut.conversations import Conversation
 from layercut.errors import CalibrationError
 from layercut.sampling import RefusedConversation
@@ -168,6 +169,13 @@ def test_a_template_that_trims_and_one_with_bos() -> None:
     talk = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "  words \n"})
     assert [run.strip() for run in written(MISTRAL, talk)] == ["words<|im_end|>"]
     assert template(MISTRAL).text(talk) == "<s>[INST] hi [/INST] words<|im_end|>"
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("first", [0, 1])
+def test_templates_that_models_have(name: str, first: int) -> None:
+    """Those that recipes may name: the system message is left out or not, and turns end with a special token or with text."""
+    assert [run.removesuffix("<|im_end|>") for run in written(TEMPLATES[name], TALK[first:])] == ["hi", "more words"]
 
 
 def test_calls_of_tools_are_written_by_the_assistant() -> None:

@@ -26,6 +26,7 @@ from layercut.errors import CalibrationError, CheckpointError, LayercutError, Re
 from layercut.loading import bos_prefix, layers_of, load_backbone, load_tokenizer, pick_device
 from layercut.metrics import Angular, Cosine, Metric
 from layercut.plan import Measurement, Table
+from layercut.resident import Resident
 
 torch.set_num_threads(1)
 
@@ -165,6 +166,20 @@ def test_results_do_not_depend_on_the_batch_size(tiny: Tiny, tmp_path: Path) -> 
         for table, reference in zip(other.tables, runs[0].tables, strict=True):
             assert worst(table, lists(reference)) < 1e-6
     assert run({"m": tiny("qwen3")}, METRICS, calibration) == run({"m": tiny("qwen3")}, METRICS, calibration)
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_samples_of_similar_length_share_a_batch(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Sorted over eight batches, lengths of 4 to 63 leave about an eighth of their range in pads, whatever the size of a batch."""
+    batches: list[list[int]] = []
+    monkeypatch.setattr(Resident, "_run", lambda self, batch, accumulators: batches.append([len(sample.ids) for sample in batch]))
+    texts = [LONG[: 4 + 37 * number % 60] for number in range(128)]
+    with pytest.raises(CalibrationError, match="no sample has a token"):
+        run({"m": tiny("llama")}, [Cosine()], jsonl(tmp_path / "t.jsonl", texts).model_copy(update={"batch_size": size}))
+    assert sorted(length for batch in batches for length in batch) == sorted(map(len, texts))
+    padded = sum(len(batch) * max(batch) for batch in batches)
+    plain = sum(size * max(map(len, texts[at : at + size])) for at in range(0, len(texts), size))
+    assert padded < 1.15 * sum(map(len, texts)) < 1.5 * sum(map(len, texts)) < plain
 
 
 def test_small_chunks_give_the_same(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
