@@ -77,7 +77,8 @@ def measure(
     shelf = None if cache is None else Shelf(cache, models, reading.text, settings, ranks, progress)
     lacking = missing(None if shelf is None else shelf.known, labels)
     if shelf is not None and shelf.known is not None and not lacking:
-        return only(shelf.known, labels)
+        told = {**shelf.known.details, **reading.account(shelf.known.samples)}  # of the text as it is read now
+        return only(shelf.known.model_copy(update={"details": told}), labels)
     wanted = [metric for metric in metrics if metric.label in lacking]
     return only(_run(models, wanted, reading, settings, shelf, ranks, progress), labels)
 

@@ -66,6 +66,18 @@ def test_the_same_plan_with_and_without_the_cache(model: Path, forwards: list[in
     assert sorted(forwards) == [0, 1, 2, 3, 4, 5]
 
 
+def test_documents_are_counted_anew_when_the_numbers_are_not(model: Path, forwards: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    counts = []
+    for blank in (0, 2):
+        path.write_text(blank * '{"text": ""}\n' + '{"text": "one text"}\n{"text": "another"}\n')
+        made = planned(model, calibration={"source": "text", "path": str(path)}).measurement
+        assert made is not None
+        counts.append((made.details["documents_read"], made.details["documents_skipped"]))
+    assert counts == [(2, {}), (4, {"empty": 2})]
+    assert len(forwards) == 2
+
+
 def test_another_budget_or_metric_costs_no_forward(model: Path, forwards: list[int]) -> None:
     planned(model)
     forwards.clear()
