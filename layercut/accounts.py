@@ -22,7 +22,7 @@ def text_name(details: Mapping[str, Any]) -> str:
 
 def account_rows(measurement: Measurement) -> Iterator[tuple[str, str]]:
     """What was measured on, as rows of a table."""
-    used = f"{measurement.samples} samples, {measurement.tokens} tokens of {text_name(measurement.details)}"
+    used = f"{_samples(measurement.samples)}, {measurement.tokens} tokens of {text_name(measurement.details)}"
     first, *parts = account_lines(measurement.details)
     yield "measured", f"{used}; {first}" if first else used
     yield from (("", part) for part in parts)
@@ -41,7 +41,11 @@ def _share(part: Mapping[str, Any]) -> str:
     """What a source of a mix gave, and whether that is less than its share."""
     wanted, found = part.get("samples_wanted"), part.get("samples_found")
     ended = f", which ended after {found} of {wanted} samples" if wanted != found else ""
-    return f"{part.get('samples')} samples, {part.get('tokens')} tokens of {text_name(part)}{ended}"
+    return f"{_samples(part.get('samples'))}, {part.get('tokens')} tokens of {text_name(part)}{ended}"
+
+
+def _samples(count: object) -> str:
+    return f"{count} sample{'s' * (count != 1)}"
 
 
 def _documents(details: Mapping[str, Any]) -> str:

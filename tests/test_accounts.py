@@ -39,7 +39,7 @@ def test_a_mix_and_a_source_that_ended() -> None:
     assert rows(source="mix", by_source=parts, documents_read=4, documents_skipped={"too short": 2}, **BOTH) == [
         ("measured", "4 samples, 100 tokens of a.txt and x/y; 4 documents read, skipped 2 too short; BOS added (auto)"),
         ("", "3 samples, 90 tokens of a.txt; 1 document read, none skipped"),
-        ("", "1 samples, 10 tokens of x/y, which ended after 1 of 2 samples; 3 documents read, skipped 2 too short"),
+        ("", "1 sample, 10 tokens of x/y, which ended after 1 of 2 samples; 3 documents read, skipped 2 too short"),
     ]
 
 

@@ -226,7 +226,7 @@ def test_a_measured_plan_and_its_report_say_what_was_measured_on(tmp_path: Path)
         == (
             [
                 f"measured 3 samples, 29 tokens of a.jsonl and builtin text; {documents}",
-                "1 samples, 9 tokens of a.jsonl, which ended after 1 of 2 samples; 5 documents read, none skipped",
+                "1 sample, 9 tokens of a.jsonl, which ended after 1 of 2 samples; 5 documents read, none skipped",
                 "2 samples, 20 tokens of builtin text; 1 document read, none skipped",
             ],
         )
