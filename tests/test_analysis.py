@@ -342,3 +342,9 @@ def test_a_chat_model_is_analysed_on_conversations(tiny: Callable[..., Path], tm
     assert lines[0].startswith(f"{model}: 6 layers, 2 samples with ")
     assert lines[1] == "  4 documents read, skipped 1 without an assistant turn, 1 empty; BOS not added (auto)"
     assert lines[3].split() == ["block", "size", "angular[completion]"]
+
+
+@pytest.mark.parametrize("value", ["many", "0", "1.5"])
+def test_samples_are_a_number_or_auto(value: str, capsys: Capture) -> None:
+    assert main(["analyze", "org/name", f"--samples={value}"]) == 2
+    assert "--samples" in capsys.readouterr().err
