@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import platform
@@ -37,10 +36,11 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # the files beside this one, and l
 from engine_peer import METRICS as PEER_METRICS  # noqa: E402
 
 from layercut.accumulators import Accumulators  # noqa: E402
-from layercut.calibration import BuiltinCalibration, Tally, passages, samples  # noqa: E402
+from layercut.calibration import BuiltinCalibration  # noqa: E402
 from layercut.encoding import SharedTokenizer  # noqa: E402
 from layercut.loading import load_causal_lm, load_tokenizer, quiet  # noqa: E402
 from layercut.metrics import CKA, Angular, Cosine, Euclidean, Linear, Metric, Procrustes, RelativeMagnitude  # noqa: E402
+from layercut.reading import read  # noqa: E402
 from layercut.resident import Resident, padded  # noqa: E402
 from layercut.runner import Runner  # noqa: E402
 from layercut.tokens import Sample  # noqa: E402
@@ -77,9 +77,8 @@ class Setting(NamedTuple):
 def prepare(folder: Path, count: int, length: int, size: int) -> Setting:
     """The first samples of the built-in text, in batches."""
     tokenizer = SharedTokenizer({"model": load_tokenizer(folder)}, "auto")
-    text = passages(BuiltinCalibration(samples=count, max_length=length))
-    ids = itertools.islice(samples(text, tokenizer.encode, tokenizer.prefix, length, Tally()), count)
-    found = [Sample(number, row) for number, row in enumerate(ids)]
+    ids = read(BuiltinCalibration(samples=count, max_length=length), tokenizer).text.ids
+    found = [Sample(number, row.tolist()) for number, row in enumerate(ids)]
     return Setting(folder, [found[start : start + size] for start in range(0, len(found), size)])
 
 

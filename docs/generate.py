@@ -163,7 +163,7 @@ TOKENS = (
     "| `last` | the last one: it alone has seen the whole sample |",
     "| `all` | all of them |",
     "| `skip-first-4` | all but the first 4: the first tokens of a sample may be attention sinks, many times as long as others |",
-    "| `completion` | what the assistant says in a conversation |",
+    "| `completion` | what the assistant says in a [conversation](calibration.md#conversations), and the token that ends its turn |",
     "| `7`, `-2` | one by its index, negative from the end; every sample must have it |", "",
     "Means are over tokens, so that long samples weigh more. A sample without such a token is left out.", "",
     "`linear`, `procrustes` and `cka` are no means: they compare many tokens at once, of all samples. `draw` of the tokens that count are",

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
+from layercut.accounts import text_name
 from layercut.architecture import Member
 from layercut.blockscores import BlockScore, best_blocks, csv_text, markdown, normalised, triangle
 from layercut.copying import explained, sync
@@ -65,10 +66,7 @@ class Analysis(Record):
     def about(self) -> str:
         """What was measured on, in one line."""
         used, details = self.measurement, self.measurement.details
-        text = (
-            next((str(details[key]) for key in ("path", "dataset") if details.get(key)), None) or f"{details.get('source', 'unknown')} text"
-        )
-        parts = [f"{used.samples} samples with {used.tokens} tokens of {text}"]
+        parts = [f"{used.samples} samples with {used.tokens} tokens of {text_name(details)}"]
         dtypes = details.get("dtype")
         if isinstance(dtypes, Mapping):
             parts.append("measured in " + " and ".join(sorted({str(dtype) for dtype in dtypes.values()})))

@@ -78,10 +78,8 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
         raise click.BadParameter(str(error)) from None
 
 
-def _samples(context: click.Context, parameter: click.Parameter, value: str | None) -> str | int | None:
-    if value is None or value == "auto":
-        return value
-    return int(click.IntRange(min=1)(value, parameter, context))
+def _samples(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    return value if value in (None, "auto") else click.IntRange(min=1).convert(value, parameter, context)
 
 
 memory = click.option(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from layercut.accounts import account_lines, account_rows
 from layercut.analysis import Analysis
 from layercut.architecture import LayerStack, Member, find_stacks
 from layercut.checkpoint import Checkpoint
@@ -109,6 +110,7 @@ def plan_text(plan: Plan) -> str:
     rows.append(("carried over", f"{len(plan.actions.companions)} files, {size(sum(file.size for file in plan.actions.companions))}"))
     rows.append(("disk needed", size(plan.disk_bytes)))
     rows.append(("output", plan.output or "not set: give --out"))
+    rows += [] if plan.measurement is None else account_rows(plan.measurement)
     lines += columns(rows)
     if plan.left_out:
         lines += ["", "left out"]
@@ -135,6 +137,7 @@ def report_text(report: Report, folder: Path) -> str:
     for alias, ranges in report.kept.items():
         rows.append((f"kept{f' of {alias}' * several}", " + ".join(ranges)))
     rows += [("seam", seam_line(seam, several)) for seam in report.seams]
+    rows += [] if report.measurement is None else account_rows(report.measurement)
     rows.append(("parameters", change(report.parameters.before, report.parameters.after, amount)))
     rows.append(("weights", change(report.weight_bytes.before, report.weight_bytes.after, size)))
     try:
@@ -168,6 +171,7 @@ def analysis_text(analysis: Analysis) -> str:
             rows.append((str(blocks[0].size), *(f"{block.removed:7} {block.score:.4f} ± {block.stderr:.4f}" for block in blocks)))
         lines += [
             f"{model.reference}: {model.depth} layers, {analysis.about}",
+            *(f"  {line}" for line in account_lines(analysis.measurement.details)),
             "nearest block of each size (layers from 0, both ends included)",
         ]
         lines += [*columns(rows), ""]

@@ -8,35 +8,34 @@ from __future__ import annotations
 
 import itertools
 import sys
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from tqdm import tqdm
 
 from layercut.accumulators import Accumulators, Model, Schedule
-from layercut.calibration import Auto, Calibration, Tally, passages, samples, shuffled
+from layercut.calibration import Auto, Calibration
 from layercut.checkpoint import Checkpoint
 from layercut.encoding import SharedTokenizer
-from layercut.errors import CalibrationError
 from layercut.exceptions import PADDED
 from layercut.loading import load_tokenizer, pick_device, quiet
 from layercut.measurements import FOLDER, Measurements, key_of, missing, only, with_tables
 from layercut.metrics import Angular, Cosine, Euclidean, Metric, RelativeMagnitude, TokenMetric
 from layercut.plan import Measurement
 from layercut.ranks import ALONE, Ranks
+from layercut.reading import Reading, Text, read
 from layercut.schedules import pick_schedule
-from layercut.settling import Question, Verdict, best_blocks, judge, look_sizes
+from layercut.settling import BEST_BLOCKS, Question, Verdict, judge, look_sizes
 from layercut.streaming import Source
-from layercut.tokens import Sample, check_index
+from layercut.tokens import Sample, check_index, positions
 from layercut.version import __version__
 
-READ_AHEAD = 64
-"""Samples that are read and sorted by length together, so that a batch has few pads."""
+READ_AHEAD = 8
+"""Batches whose samples are sorted by length together, so that a batch has few pads."""
 
 
 def measure(
@@ -62,7 +61,8 @@ def measure(
 
     `memory` is what the process may take, in bytes; None for what is free. Models that do not fit are streamed layer by layer.
     `ranks` are the processes that share the samples; every one of them is given the measurement. `cache` is a folder where measurements
-    are kept: what was measured before on the same weights, tokens and settings costs no forward and is the same to the last bit.
+    are kept: what was measured before on the same weights, tokens and settings costs no forward and is the same to the last bit. With
+    `samples: auto` that is what was settled before for the same question.
     `question` tells what is chosen on a measurement: with `samples: auto` text is taken until that is settled; the nearest blocks of all
     sizes if not given.
 
@@ -73,42 +73,28 @@ def measure(
         check_index(metric.token, calibration.max_length, metric.label, f"max_length is {calibration.max_length}", "raise max_length")
     where = pick_device(device, ranks.seat.local_rank)
     alike = any(model.config.get("model_type") in PADDED for model in models.values())
-    settings = Settings(calibration, where, dtype, memory, ranks.seat.world, depths, prefixes or {}, question, alike)
-    reading = _read(models, calibration)  # before the models: text fails faster than they load
     labels = tuple(dict.fromkeys(metric.label for metric in metrics))
-    shelf = None if cache is None or settings.asks else Shelf(cache, models, reading.text, settings, ranks, progress)
+    settings = Settings(calibration, where, dtype, memory, ranks.seat.world, depths, prefixes or {}, question or BEST_BLOCKS, labels, alike)
+    reading = _read(models, calibration, metrics)  # before the models: text fails faster than they load
+    shelf = None if cache is None else Shelf(cache, models, reading.text, settings, ranks, progress)
     lacking = missing(None if shelf is None else shelf.known, labels)
     if shelf is not None and shelf.known is not None and not lacking:
-        return only(shelf.known, labels)
+        told = {**shelf.known.details, **reading.account(shelf.known.samples)}  # of the text as it is read now
+        return only(shelf.known.model_copy(update={"details": told}), labels)
     wanted = [metric for metric in metrics if metric.label in lacking]
     return only(_run(models, wanted, reading, settings, shelf, ranks, progress), labels)
 
 
-Text: TypeAlias = Sequence["array[int]"]
-"""Token ids of every sample."""
-
-
-class Reading(NamedTuple):
-    """The text as tokens, and how it was read."""
-
-    text: Text
-    tokenizer: SharedTokenizer
-    tally: Tally
-
-
-def _read(models: Mapping[str, Checkpoint], calibration: Calibration) -> Reading:
-    """The samples. Raises CalibrationError when there is none."""
+def _read(models: Mapping[str, Checkpoint], calibration: Calibration, metrics: Sequence[Metric]) -> Reading:
+    """The samples. Raises CalibrationError when there is none, or when a metric wants completions and one of them has none."""
     tokenizer = SharedTokenizer({alias: load_tokenizer(model.folder) for alias, model in models.items()}, calibration.bos)
-    tally = Tally()
-    read = passages(calibration, tally=tally)
-    found = samples(read, tokenizer.encode, tokenizer.prefix, calibration.max_length, tally, calibration.min_length)
-    text = [array("q", ids) for ids in itertools.islice(shuffled(found, calibration.seed), calibration.most)]
-    if not text and tally.short:
-        message = f"none of {tally.short} documents has {calibration.min_length} tokens"
-        raise CalibrationError(message, hint="lower min_length or use longer texts")
-    if not text:
-        raise CalibrationError("the calibration text gives no tokens")
-    return Reading(text, tokenizer, tally)
+    wanting = [metric for metric in metrics if metric.token == "completion"]
+    with quiet():
+        reading = read(calibration, tokenizer, completions=bool(wanting))
+    for metric in wanting:
+        for sample in _samples(reading.text, 0, len(reading.text.ids)):
+            positions(metric.token, sample, metric.label)
+    return reading
 
 
 def _family(metrics: Sequence[Metric]) -> list[Metric]:
@@ -128,7 +114,8 @@ class Settings(NamedTuple):
     world: int
     depths: Mapping[str, int]
     prefixes: Mapping[str, str]
-    question: Question | None
+    question: Question
+    labels: Sequence[str]
     alike: bool = False
     """Whether a batch has samples of one length only."""
 
@@ -139,7 +126,9 @@ class Settings(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """As text that a key is made of; all settings of the calibration, since they stand in the result."""
+        asked = {"question": self.question.name, "metrics": list(self.labels)} if self.asks else {}
         return {
+            **asked,
             "calibration": self.calibration.model_dump(mode="json"),
             "device": str(self.device) if self.device.type != "cuda" else torch.cuda.get_device_name(self.device),
             "dtype": self.dtype,
@@ -158,7 +147,7 @@ class Shelf:
         self._cache, self._depths = Measurements(root), settings.depths
         self.known: Measurement | None = None
         if ranks.main:
-            self._key = key_of(models, text, settings.as_json())
+            self._key = key_of(models, text.sequences, settings.as_json())
             self.known = self._cache.find(self._key, self._depths)
             ranks.hand_out("known", "" if self.known is None else self.known.model_dump_json())
         else:
@@ -187,10 +176,11 @@ def _run(
     where, memory, local = settings.device, settings.memory, ranks.seat.local_world
     sources = [Source(alias, model, settings.depths[alias], settings.prefixes.get(alias)) for alias, model in models.items()]
     schedule, reason = pick_schedule(sources, where, settings.dtype, memory, sharers=local, progress=progress)
-    looked = _look(schedule, metrics if shelf is None else _family(metrics), reading.text, settings, ranks, progress)
+    found = metrics if shelf is None or settings.asks else _family(metrics)
+    looked = _look(schedule, found, reading.text, settings, ranks, progress)
     if looked is None:
         return Measurement.model_validate_json(ranks.hand_out("measurement"))
-    details = _details(schedule.models, reading, settings.calibration, where, reason)
+    details = _details(schedule.models, reading, looked.used.samples, where, reason)
     details |= {"ranks": ranks.seat.world} if ranks.seat.world > 1 else {}
     if looked.verdicts:
         details["settled"] = all(verdict.settled for verdict in looked.verdicts)
@@ -219,9 +209,9 @@ def _look(
     progress: bool,
 ) -> Looked | None:
     """Run the models over the text: all of it, or look by look until what is asked is settled. None on ranks that are not the main one."""
-    calibration, question = settings.calibration, settings.question
+    calibration, length = settings.calibration, len(text.ids)
     auto = calibration.samples if isinstance(calibration.samples, Auto) else None
-    sizes = [len(text)] if auto is None else look_sizes(auto.least, min(auto.most, len(text)))
+    sizes = [length] if auto is None else look_sizes(auto.least, min(auto.most, length))
     looks = 1 if auto is None else len(look_sizes(auto.least, auto.most))
     seen: Accumulators | None = None
     used, verdicts, done = Used(), list[Verdict](), 0
@@ -239,7 +229,7 @@ def _look(
                 break
             if ranks.main:
                 measured = Measurement(tables=seen.tables(), samples=used.samples, tokens=used.tokens, details={})
-                verdicts = judge(question or best_blocks, measured, seen.kept(), seen.starts, looks)
+                verdicts = judge(settings.question, measured, seen.kept(), seen.starts, looks)
             if ranks.hand_out("settled", "yes" if ranks.main and all(one.settled for one in verdicts) else "") == "yes":
                 break
     return Looked(seen, used, verdicts) if ranks.main and seen is not None else None
@@ -266,8 +256,8 @@ def _batches(text: Text, first: int, last: int, size: int, alike: bool = False) 
 
     None has as many samples as tokens: whether layers take samples or tokens first would show nowhere.
     """
-    numbered = (Sample(number, text[number].tolist()) for number in range(first, last))
-    while ahead := list(itertools.islice(numbered, max(READ_AHEAD, size))):
+    numbered = _samples(text, first, last)
+    while ahead := list(itertools.islice(numbered, READ_AHEAD * size)):
         ahead.sort(key=lambda sample: len(sample.ids))
         groups = [list(group) for _, group in itertools.groupby(ahead, key=lambda sample: len(sample.ids) if alike else 0)]
         for group in groups:
@@ -277,16 +267,15 @@ def _batches(text: Text, first: int, last: int, size: int, alike: bool = False) 
                 yield from (batch[:1], batch[1:]) if square else (batch,)
 
 
-def _details(models: Sequence[Model], reading: Reading, calibration: Calibration, where: torch.device, reason: str) -> dict[str, Any]:
-    tokenizer, tally = reading.tokenizer, reading.tally
+def _samples(text: Text, first: int, last: int) -> Iterator[Sample]:
+    for number in range(first, last):
+        yield Sample(number, text.ids[number].tolist(), text.completions[number])
+
+
+def _details(models: Sequence[Model], reading: Reading, used: int, where: torch.device, reason: str) -> dict[str, Any]:
     return {
-        **calibration.model_dump(mode="json", exclude={"batch_size", "bos"}),
-        "documents_read": tally.read,
-        "documents_skipped": tally.skipped,
-        "documents_too_short": tally.short,
-        "bos": "added" if tokenizer.prefix else "not added",
-        "bos_policy": calibration.bos,
-        "prefix": tokenizer.tokens(tokenizer.prefix),
+        **reading.calibration.model_dump(mode="json", exclude={"batch_size", "bos"}),
+        **reading.account(used),
         "dtype": {model.alias: str(model.dtype).removeprefix("torch.") for model in models},
         "device": f"{where} ({torch.cuda.get_device_name(where)})" if where.type == "cuda" else where.type,
         "schedule": reason,

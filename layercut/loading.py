@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as chatter
 
-from layercut.calibration import first_line
 from layercut.checkpoint import Checkpoint, read_config
-from layercut.errors import CalibrationError, CheckpointError, LayercutError
+from layercut.errors import CalibrationError, CheckpointError, LayercutError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 """Dtypes that a model can be measured in."""

@@ -6,16 +6,20 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from layercut.calibration import Calibration, passages, windows
+from layercut.calibration import Single
+from layercut.chats import ChatTemplate
+from layercut.documents import passages
 from layercut.errors import CalibrationError, CheckpointError
 from layercut.loading import bos_prefix, encode, load_causal_lm, load_tokenizer, pick_device, quiet
 from layercut.plan import Record
+from layercut.sampling import RefusedConversation, windows
 
 LOGIT_BYTES = 256 << 20
 """Bytes of the logits of one forward pass at most, unless a single window takes more."""
@@ -51,7 +55,7 @@ class LanguageModel:
         self.tokenizer = load_tokenizer(folder)
         self.model = load_causal_lm(folder, self.device, dtype)
 
-    def perplexity(self, calibration: Calibration, *, progress: bool = True) -> Perplexity:
+    def perplexity(self, calibration: Single, *, progress: bool = True) -> Perplexity:
         """Perplexity on consecutive windows of `max_length` tokens, `samples` of them at most.
 
         Documents are joined by a blank line. Each window starts with BOS when the policy says so; the rest at the end is
@@ -67,7 +71,7 @@ class LanguageModel:
                 count += len(batch)
                 bar.update(len(batch))
         if not tokens:
-            raise CalibrationError("the text gives no tokens to predict", where=_source(calibration))
+            raise CalibrationError("the text gives no tokens to predict", where=calibration.title)
         nll = total / tokens
         if not nll < math.log(torch.finfo(torch.float64).max):
             raise CheckpointError(f"the loss is not finite ({nll})", where=self.folder)
@@ -78,7 +82,7 @@ class LanguageModel:
             windows=count,
             max_length=calibration.max_length,
             dtype=str(self.model.dtype).removeprefix("torch."),
-            source=_source(calibration),
+            source=calibration.title,
         )
 
     def generate(self, prompt: str, tokens: int = 30) -> str:
@@ -100,13 +104,13 @@ class LanguageModel:
         text: str = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return text
 
-    def _batches(self, calibration: Calibration) -> Iterator[list[list[int]]]:
+    def _batches(self, calibration: Single) -> Iterator[list[list[int]]]:
         """Windows in batches whose logits stay small. All windows have one length, so none is padded."""
         prefix = bos_prefix(self.tokenizer, calibration.bos)
         room = calibration.max_length - len(prefix)
         if room < 1:
             raise CalibrationError(f"max_length {calibration.max_length} leaves no room after {len(prefix)} special tokens")
-        text = (encode(self.tokenizer, part) for part in _joined(calibration))
+        text = (encode(self.tokenizer, part) for part in _joined(calibration, self.tokenizer, self.folder))
         cut = itertools.islice(([*prefix, *window] for window in windows(text, room)), calibration.most)
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         itemsize = torch.finfo(self.model.dtype).bits // 8
@@ -132,7 +136,7 @@ class LanguageModel:
 
 
 def perplexity(
-    folder: Path, calibration: Calibration, *, dtype: str | None = None, device: str | None = None, progress: bool = True
+    folder: Path, calibration: Single, *, dtype: str | None = None, device: str | None = None, progress: bool = True
 ) -> Perplexity:
     """Perplexity of a checkpoint; see `LanguageModel.perplexity`."""
     return LanguageModel(folder, dtype=dtype, device=device).perplexity(calibration, progress=progress)
@@ -143,16 +147,21 @@ def generate(folder: Path, prompt: str, tokens: int = 30) -> str:
     return LanguageModel(folder).generate(prompt, tokens)
 
 
-def _joined(calibration: Calibration) -> Iterator[str]:
-    """The text as one: documents and files are separated by a blank line, the parts of a running text by nothing."""
-    first, stream = True, None
-    for passage in passages(calibration, held_out=True):
-        goes_on = first or (passage.stream is not None and passage.stream == stream)
-        yield passage.text if goes_on else "\n\n" + passage.text
-        first, stream = False, passage.stream
+def _joined(calibration: Single, tokenizer: Any, folder: Path) -> Iterator[str]:
+    """The text as one: documents and files are separated by a blank line, the parts of a running text by nothing.
 
-
-def _source(calibration: Calibration) -> str:
-    if calibration.source == "text":
-        return calibration.path
-    return calibration.dataset if calibration.source == "hub" else calibration.source
+    A conversation is what the chat template makes of it; one that it does not take is left out.
+    """
+    first, stream, template = True, None, None
+    for content, part_of, _ in passages(calibration, held_out=True):
+        goes_on = first or (part_of is not None and part_of == stream)
+        if isinstance(content, str):
+            text = content
+        else:
+            template = template or ChatTemplate({str(folder): tokenizer})
+            try:
+                text = template.text(content)
+            except RefusedConversation:
+                continue
+        yield text if goes_on else "\n\n" + text
+        first, stream = False, part_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -19,7 +20,7 @@ from layercut.operations import apply_all
 from layercut.plan import Actions, Companion, Edit, LeftOut, Measurement, Plan, Seam, Source
 from layercut.quantization import is_quantized
 from layercut.recipe import DTYPES, Recipe
-from layercut.settling import Contest, Way
+from layercut.settling import Contest, Question, Way
 from layercut.sharing import Filesystem, Sharing
 from layercut.stack import Stack, joints, models_of
 from layercut.start import Resolve, end_scalings, find_windows, givers, open_members, reachable_depth, stack_of
@@ -46,7 +47,7 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: S
     donor = recipe.base_model or next(iter(giving))
     tokenizer = _tokenizer(recipe, donor)
     notes = (*recipe.notes, *check_together(members, donor, tuple(giving), tokenizer, inexact=recipe.allow == "inexact"))
-    evidence = Evidence(recipe, giving, measure, partial(_contests, recipe, giving))
+    evidence = Evidence(recipe, giving, measure, Question(_what_decides(recipe), partial(_contests, recipe, giving)))
     stack = _stack(recipe, evidence)
     used = {alias: members[alias] for alias in giving if any(alias in models_of(layer) for layer in stack)}
     if recipe.base_model is None and donor not in used:  # no layer of the first model was kept
@@ -99,6 +100,12 @@ def _pending(stack: Stack) -> Iterator[str]:
     for layer in stack:
         if layer.fitted is not None:
             yield f"layers {layer.index} to {layer.index + layer.span - 1} of {layer.model} replaced by a fitted {layer.fitted} map"
+
+
+def _what_decides(recipe: Recipe) -> str:
+    """All of a recipe that what is chosen may depend on, as text."""
+    later = ("output", "upload", "evaluate")
+    return json.dumps({key: value for key, value in recipe.described().items() if key not in later}, sort_keys=True)
 
 
 def _contests(recipe: Recipe, members: Mapping[str, Member], measurement: Measurement) -> list[Contest]:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 from pydantic_core import PydanticCustomError
 
 from layercut import mergekit
-from layercut.calibration import BuiltinCalibration, Calibration
+from layercut.calibration import BuiltinCalibration, Calibration, Single
 from layercut.declarations import NOTHING, Architecture
 from layercut.errors import RecipeError
 from layercut.faults import fault_lines
@@ -174,7 +174,7 @@ class Output(Record):
 class Evaluate(Record):
     """What is measured on the source and on the result."""
 
-    perplexity: Calibration | None = None
+    perplexity: Single | None = None
     """Held-out text on which perplexity is measured; `builtin` is the held-out part of the built-in text."""
     generate: str | None = None
     """A prompt that both models continue greedily, to look at."""

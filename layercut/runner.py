@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layercut.calibration import first_line
-from layercut.errors import CalibrationError, CheckpointError, LayercutError
+from layercut.errors import CalibrationError, CheckpointError, LayercutError, first_line
 from layercut.loading import given, layers_of
 from layercut.tokens import Sample
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 from statistics import NormalDist
 from typing import Any, NamedTuple, TypeAlias
@@ -46,8 +47,19 @@ class Contest(NamedTuple):
     """All other ways; None when they cannot be listed."""
 
 
-Question: TypeAlias = Callable[[Measurement], Sequence[Contest]]
-"""What is chosen on a measurement."""
+Ask: TypeAlias = Callable[[Measurement], Sequence[Contest]]
+"""Tells what is chosen on a measurement."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is chosen on a measurement, and a name for it: what was settled for one question counts for every other of the same name."""
+
+    name: str
+    ask: Ask
+
+    def __call__(self, measurement: Measurement) -> Sequence[Contest]:
+        return self.ask(measurement)
 
 
 class Kept(NamedTuple):
@@ -75,7 +87,7 @@ def look_sizes(least: int, most: int) -> list[int]:
 
 
 def judge(
-    question: Question, measurement: Measurement, kept: Mapping[str, Kept], starts: Mapping[str, int], looks: int, seed: int = 0
+    question: Ask, measurement: Measurement, kept: Mapping[str, Kept], starts: Mapping[str, int], looks: int, seed: int = 0
 ) -> list[Verdict]:
     """A verdict on every choice. `starts` is the first boundary of each model among all; `looks` is how often this is asked at most.
 
@@ -153,7 +165,7 @@ def _costs(way: Way, kept: Kept, starts: Mapping[str, int]) -> Tensor:
 
 
 def _resampled(
-    question: Question,
+    question: Ask,
     contests: Sequence[Contest],
     measurement: Measurement,
     kept: Mapping[str, Kept],
@@ -212,3 +224,7 @@ def best_blocks(measurement: Measurement) -> list[Contest]:
         at = min(range(len(ways)), key=lambda start: table.mean[start][start + size])
         found.append(Contest(f"blocks of {size}", table.metric, ways[at], (*ways[:at], *ways[at + 1 :])))
     return found
+
+
+BEST_BLOCKS = Question("the nearest block of every size", best_blocks)
+"""What is asked when no recipe asks."""

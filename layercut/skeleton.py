@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from layercut.calibration import first_line
 from layercut.checkpoint import Checkpoint
-from layercut.errors import CheckpointError, LayercutError, RefusedError
+from layercut.errors import CheckpointError, LayercutError, RefusedError, first_line
 from layercut.loading import check_complete, given, layers_of, named_class, own_code, quiet
 from layercut.standins import FORMS, Call, Recording, Script, StandIn, Unreadable
 from layercut.weights import Weights

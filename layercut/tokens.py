@@ -20,7 +20,7 @@ class Sample(NamedTuple):
     number: int
     """Place in the order of the text, over all batches and ranks: seeded choices depend on it alone."""
     ids: list[int]
-    completion: Sequence[bool] | None = None
+    completion: Sequence[int] | None = None
     """For each token whether the model is meant to write it (a turn of the assistant); None when the text is no conversation."""
 
 

@@ -153,6 +153,23 @@ def tiny_model(
     return folder
 
 
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The chat template of SmolLM2 without its system message."""
+
+
+def chat_tokenizer(template: str | None = CHATML, bos: bool = False, **special: str | None) -> Any:
+    """The byte tokenizer with the tokens of ChatML, `<|im_end|>` (100) as its EOS, and a chat template."""
+    tokenizer = byte_tokenizer(bos)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", template
+    for name, token in special.items():
+        setattr(tokenizer, name, token)
+    return tokenizer
+
+
 def byte_tokenizer(bos: bool = False) -> Any:
     """A tokenizer of one token a byte: ids 3 + byte for the first 125 bytes."""
     import tokenizers

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import chat_tokenizer
 from test_canvas import read
 
 import layercut
@@ -279,6 +280,7 @@ def test_the_command_prints_the_table(tiny: Callable[..., Path], tmp_path: Path,
     best = [ranking.blocks[1] for ranking in found.rankings]
     lines = shown.out.splitlines()
     assert lines[0] == f"{model}: 6 layers, {found.about}"
+    assert lines.pop(1) == "  1 document read, none skipped; BOS not added (auto)"
     assert lines[1] == "nearest block of each size (layers from 0, both ends included)"
     assert lines[2].split() == ["block", "size", "angular[last]", "cosine[-1]"]
     cells = [part for block in best for part in (block.removed, f"{block.score:.4f}", "±", f"{block.stderr:.4f}")]
@@ -326,3 +328,23 @@ def test_defaults_of_a_model_are_those_of_a_recipe(tiny: Callable[..., Path], mo
     )
     analyze(tiny("llama"))
     assert seen == [BuiltinCalibration()]
+
+
+def test_a_chat_model_is_analysed_on_conversations(tiny: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
+    model = Path(shutil.copytree(tiny("llama"), tmp_path / "chat"))
+    chat_tokenizer().save_pretrained(model)
+    talks = [[{"from": "human", "value": "hello"}, {"from": "gpt", "value": said}] for said in ("hi", "good day")]
+    rows = [{"conversations": talk} for talk in (*talks, talks[0][:1], [])]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--text", str(tmp_path / "t.jsonl"), "--max-length", "64", "--metric", "angular:completion", "--quiet"]
+    assert main(["analyze", str(model), *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{model}: 6 layers, 2 samples with ")
+    assert lines[1] == "  4 documents read, skipped 1 without an assistant turn, 1 empty; BOS not added (auto)"
+    assert lines[3].split() == ["block", "size", "angular[completion]"]
+
+
+@pytest.mark.parametrize("value", ["many", "0", "1.5"])
+def test_samples_are_a_number_or_auto(value: str, capsys: Capture) -> None:
+    assert main(["analyze", "org/name", f"--samples={value}"]) == 2
+    assert "--samples" in capsys.readouterr().err

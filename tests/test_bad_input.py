@@ -38,7 +38,7 @@ PAIR = "layer_range takes two boundaries [a, b): layers a to b - 1"
 EMPTY = "is empty: [a, b) holds layers a to b - 1"
 ONE_SOURCE = "'sources' is a list of exactly one source: {model, layer_range}"
 FORMS = "a slice takes either 'layer_range' or 'sources'"
-SOURCES = "known are builtin, hub, text"
+SOURCES = "known are builtin, hub, mix, text"
 
 
 @pytest.fixture(scope="session")
@@ -348,7 +348,29 @@ TABLE = [
     ("model: m\ncalibration: {source: builtin, smples: 3}", "r.yaml:2:32: unknown key 'smples'; did you mean 'samples'?"),
     (
         "model: m\ncalibration: {source: text, path: x, dataset: y}",
-        "r.yaml:2:38: unknown key 'dataset'; known keys are batch_size, bos, column, max_length, min_length, path, samples, seed, source",
+        "r.yaml:2:38: unknown key 'dataset'; known keys are batch_size, bos, column, completion, max_length, min_length, packed, path, "
+        "prompt, samples, seed, source",
+    ),
+    ("model: m\ncalibration: {source: text, path: x, prompt: q}", "r.yaml:2:38: 'prompt' goes with 'completion'"),
+    (
+        "model: m\ncalibration: {source: text, path: x, prompt: q, completion: a, column: c}",
+        "r.yaml:2:64: takes 'column', or 'prompt' and 'completion', not both",
+    ),
+    ("model: m\ncalibration: {source: mix}", "r.yaml:2:14: 'of' is missing"),
+    ("model: m\ncalibration: {source: mix, of: []}", "r.yaml:2:32: calibration.of: expected at least one entry, found []"),
+    ("model: m\ncalibration: {source: mix, of: [{path: a}]}", "r.yaml:2:33: 'source' is missing; known are builtin, hub, text"),
+    ("model: m\ncalibration: {source: mix, of: [{source: txt}]}", "r.yaml:2:42: unknown source 'txt'; did you mean 'text'?"),
+    (
+        "model: m\ncalibration: {source: mix, of: [{source: builtin, weight: 0}]}",
+        "r.yaml:2:59: calibration.of.0.weight: expected more than 0, found 0",
+    ),
+    (
+        "model: m\ncalibration: {source: mix, of: [{source: text, path: a, samples: 3}]}",
+        "r.yaml:2:57: unknown key 'samples'; known keys are column, completion, path, prompt, source, weight",
+    ),
+    (
+        "model: m\nevaluate: {perplexity: {source: mix, of: [{source: builtin}]}}",
+        "r.yaml:2:33: unknown source 'mix'; known are builtin, hub, text",
     ),
     ("model: m\ncalibration: {source: builtin, samples: 0}", "r.yaml:2:41: calibration.samples: expected at least 1, found 0"),
     ("model: m\ncalibration: {source: text, path: ''}", "r.yaml:2:35: calibration.path: expected some text, found ''"),

@@ -579,8 +579,8 @@ def test_deepseek_without_its_prediction_layer(tmp_path: Path) -> None:
             "jamba",
             JAMBA,
             [1],
-            "config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers, for which the class reads no list) "
-            "cannot describe the new order of layers; choose layers that keep the pattern",
+            "config.json: expert_layer_period = 2, expert_layer_offset = 1 (period and offset of layers, "
+            "for which the class reads no list) cannot describe the new order of layers; choose layers that keep the pattern",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from layercut.architecture import find_stack
 from layercut.checkpoint import open_checkpoint
 from layercut.display import amount, change, columns, inspect_data, inspect_text, picture, plan_text, report_text, seam_line, size
 from layercut.executor import execute
-from layercut.plan import Distance, Plan, Seam
+from layercut.plan import Distance, Measurement, Plan, Seam, Table
 from layercut.planner import build_plan
 from layercut.recipe import parse_recipe
 from layercut.stack import LayerRef, Scaling, Share
@@ -202,3 +202,36 @@ def test_inspect(tmp_path: Path) -> None:
         "  carried over              nothing",
         "  left out                  pytorch_model.bin: weights of the uncut model, in another format or copy",
     ]
+
+
+def test_a_measured_plan_and_its_report_say_what_was_measured_on(tmp_path: Path) -> None:
+    details = {"source": "text", "path": "a.jsonl", "documents_read": 5, "documents_skipped": {"empty": 2}, "bos": "added"}
+    parts = [
+        {"path": "a.jsonl", "samples_wanted": 2, "samples_found": 1, "samples": 1, "tokens": 9, "documents_read": 5},
+        {"source": "builtin", "samples_wanted": 2, "samples_found": 2, "samples": 2, "tokens": 20, "documents_read": 1},
+    ]
+
+    def told(**more: object) -> tuple[list[str], list[str]]:
+        matrix = tuple(tuple(abs(i - j) / 10 for j in range(7)) for i in range(7))
+        table = Table(metric="angular[last]", a="m", b="m", mean=matrix, stderr=matrix)
+        measured = Measurement(tables=(table,), samples=3, tokens=29, details={**details, "bos_policy": True, **more})
+        recipe = parse_recipe(YamlText("model: m\nsteps: [{prune: {layers: 2}}]", "r.yaml"))
+        source = write_checkpoint(tmp_path / "m", byte_tensors(6), {"model_type": "llama", "num_hidden_layers": 6, "vocab_size": 8})
+        plan = build_plan(recipe, resolve=lambda _: open_checkpoint(source, reference="m"), measure=lambda *_, **__: measured)
+        report = execute(plan, tmp_path / f"out{len(more)}", progress=False)
+        shown = plan_text(plan), report_text(report, tmp_path / "out")
+        return tuple([" ".join(line.split()) for line in text.splitlines() if "tokens of" in line] for text in shown)  # type: ignore[return-value]
+
+    documents = "5 documents read, skipped 2 empty; BOS added (bos: true)"
+    assert told() == ([f"measured 3 samples, 29 tokens of a.jsonl; {documents}"],) * 2
+    assert (
+        told(by_source=parts)
+        == (
+            [
+                f"measured 3 samples, 29 tokens of a.jsonl and builtin text; {documents}",
+                "1 sample, 9 tokens of a.jsonl, which ended after 1 of 2 samples; 5 documents read, none skipped",
+                "2 samples, 20 tokens of builtin text; 1 document read, none skipped",
+            ],
+        )
+        * 2
+    )

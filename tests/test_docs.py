@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jsonschema
 import pytest
 import yaml
-from conftest import byte_tensors, write_checkpoint
+from conftest import byte_tensors, chat_tokenizer, write_checkpoint
 from test_gallery import measuring
 
 from layercut.checkpoint import open_checkpoint
@@ -39,6 +40,7 @@ RESULTS: dict[str, list[int] | int] = {
     "auto-slices": 24,
     "average-layers": 28,
     "blocks-protected": 24,
+    "chat": 24,
     "deepest": [*range(23), 29],
     "depth-up-scale": 40,
     "drop-block-static": [*range(18), *range(24, 30)],
@@ -224,7 +226,14 @@ def test_recipe_runs(path: Path, tiny: Callable[..., Path], tmp_path: Path, caps
     """Every recipe, on a tiny model of the depth that it is written for."""
     model = tiny("llama", layers=32 if path.stem == "llama-3-8b" else 30, max_position_embeddings=64)
     places = [place for place, value in leaves(yaml.safe_load(path.read_text(encoding="utf-8"))) if place.split(".")[-1] == "model"]
-    sets = [f"--set={assignment}" for assignment in (*FAST, *(f"{place}={model}" for place in places))]
+    fast = FAST
+    if path.stem == "chat":
+        model = Path(shutil.copytree(model, tmp_path / "chat"))
+        chat_tokenizer().save_pretrained(model)
+        talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+        (tmp_path / "chats.jsonl").write_text(2 * (json.dumps({"messages": talk}) + "\n"))
+        fast = (f"calibration.path={tmp_path / 'chats.jsonl'}", "calibration.max_length=64", "evaluate=null")
+    sets = [f"--set={assignment}" for assignment in (*fast, *(f"{place}={model}" for place in places))]
     assert main(["run", str(path), "--quiet", "--out", str(tmp_path / "out"), *sets]) == 0, capsys.readouterr().err
     order = [layer.index for layer in read_report(tmp_path / "out").layers]
     expected = RESULTS[path.stem]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
-from conftest import byte_tokenizer
+from conftest import CHATML, byte_tokenizer, chat_tokenizer
 
 from layercut.encoding import SharedTokenizer
 from layercut.errors import CalibrationError, RefusedError
@@ -56,3 +58,39 @@ def test_two_that_differ(other: Letters, message: str) -> None:
     with pytest.raises(RefusedError) as caught:
         SharedTokenizer({"m": Letters("abc"), "n": other}, False).encode("cab")
     assert str(caught.value) == f"the tokenizers of 'm' and 'n' differ: {message}; distances between two models need the same tokens"
+
+
+TALK = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"})
+
+
+def test_the_token_between_packed_documents() -> None:
+    tokenizer = byte_tokenizer()
+    assert SharedTokenizer({"m": tokenizer}, "auto").separator == 2
+    tokenizer.eos_token = None
+    assert SharedTokenizer({"m": tokenizer}, "auto").separator == 1
+
+
+def test_a_conversation_is_read_alike_by_several_models() -> None:
+    """With the template of the first that has one."""
+    base, chat = chat_tokenizer(None), chat_tokenizer(CHATML)
+    alone, both = SharedTokenizer({"chat": chat}, "auto"), SharedTokenizer({"base": base, "chat": chat}, "auto")
+    found = both.converse(TALK, True)
+    assert found == alone.converse(TALK, True)
+    assert found.completion is not None
+    assert both.tokens([token for token, mine in zip(found.ids, found.completion, strict=True) if mine]) == ["y", "e", "s", "<|im_end|>"]
+    assert both.converse(TALK, False) == (found.ids, None)
+
+
+def test_models_that_read_a_conversation_differently() -> None:
+    with pytest.raises(RefusedError, match="the tokenizers of 'plain' and 'chat' differ: token 0 of a text is "):
+        SharedTokenizer({"plain": byte_tokenizer(), "chat": chat_tokenizer()}, "auto").converse(TALK, False)
+
+
+@pytest.mark.parametrize(
+    ("policy", "template", "starts"), [(True, CHATML, 1), (False, "{{ bos_token }}" + CHATML, 99), ("auto", CHATML, 99)]
+)
+def test_bos_of_a_conversation(policy: bool | Literal["auto"], template: str, starts: int) -> None:
+    found = SharedTokenizer({"m": chat_tokenizer(template)}, policy).converse(TALK, True)
+    assert found.ids[0] == starts
+    assert found.completion is not None and len(found.completion) == len(found.ids)
+    assert [token for token, mine in zip(found.ids, found.completion, strict=True) if mine][-1] == 100

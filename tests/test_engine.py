@@ -16,12 +16,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, chat_tokenizer, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from layercut import accumulators, encoding, engine, schedules
+from layercut import accumulators, encoding, engine, memory, schedules
 from layercut.calibration import BuiltinCalibration, TextCalibration
 from layercut.checkpoint import open_checkpoint
 from layercut.engine import measure
@@ -29,6 +29,8 @@ from layercut.errors import CalibrationError, CheckpointError, LayercutError, Re
 from layercut.loading import bos_prefix, layers_of, load_backbone, load_tokenizer, pick_device
 from layercut.metrics import Angular, Cosine, Metric
 from layercut.plan import Measurement, Table
+from layercut.reading import Text
+from layercut.resident import Resident
 
 torch.set_num_threads(1)
 
@@ -170,6 +172,20 @@ def test_results_do_not_depend_on_the_batch_size(tiny: Tiny, tmp_path: Path) -> 
     assert run({"m": tiny("qwen3")}, METRICS, calibration) == run({"m": tiny("qwen3")}, METRICS, calibration)
 
 
+@pytest.mark.parametrize("size", [4, 16])
+def test_samples_of_similar_length_share_a_batch(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Sorted over eight batches, lengths of 4 to 63 leave about an eighth of their range in pads, whatever the size of a batch."""
+    batches: list[list[int]] = []
+    monkeypatch.setattr(Resident, "_run", lambda self, batch, accumulators: batches.append([len(sample.ids) for sample in batch]))
+    texts = [LONG[: 4 + 37 * number % 60] for number in range(128)]
+    with pytest.raises(CalibrationError, match="no sample has a token"):
+        run({"m": tiny("llama")}, [Cosine()], jsonl(tmp_path / "t.jsonl", texts).model_copy(update={"batch_size": size}))
+    assert sorted(length for batch in batches for length in batch) == sorted(map(len, texts))
+    padded = sum(len(batch) * max(batch) for batch in batches)
+    plain = sum(size * max(map(len, texts[at : at + size])) for at in range(0, len(texts), size))
+    assert padded < 1.15 * sum(map(len, texts)) < 1.5 * sum(map(len, texts)) < plain
+
+
 def test_small_chunks_give_the_same(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = jsonl(tmp_path / "t.jsonl", TEXTS)
     whole = run({"m": tiny("llama")}, METRICS, calibration)
@@ -219,6 +235,76 @@ def test_layers_that_do_nothing_are_at_distance_zero(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     table = run({"m": folder}, [Angular(token="all")], jsonl(tmp_path / "t.jsonl", TEXTS)).tables[0]
     assert table.mean[5][6] < 1e-7  # the last layer, before the final norm: the state is the same
+
+
+# Conversations
+
+
+CHATS = [["hi", "yes"], ["a longer question", "and an answer of some length", "more", "no"], ["x", "y"], ["why", "because it is so"]]
+
+
+def chats(path: Path, talks: Sequence[Sequence[str]] = CHATS, **settings: Any) -> TextCalibration:
+    rows = [{"messages": [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(talk)]} for talk in talks]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return TextCalibration(path=str(path), **{"max_length": 160, **settings})
+
+
+@pytest.mark.parametrize("free", [10**9, 300_000])
+def test_completions_equal_plain_loops_in_both_schedules(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """Over the words of the assistant and the token that ends its turn, and no other token; batches with pads."""
+    tokenizer = chat_tokenizer()
+    folder = with_tokenizer(tiny("llama"), tmp_path / "chat", tokenizer)
+    samples, places = [], []
+    for talk in CHATS:
+        ids: list[int] = []
+        mine: list[int] = []
+        for turn, text in enumerate(talk):
+            head, said = (
+                tokenizer(part, add_special_tokens=False)["input_ids"]
+                for part in (f"<|im_start|>{('user', 'assistant')[turn % 2]}\n", f"{text}<|im_end|>")
+            )
+            mine += range(len(ids) + len(head), len(ids) + len(head) + len(said)) if turn % 2 else ()
+            ids += [*head, *said, head[-1]]  # a line ends as the head does
+        samples.append(ids)
+        places.append(mine)
+    true = [states_of(folder, ids) for ids in samples]
+    only = [[[state[at] for at in mine] for state in states] for states, mine in zip(true, places, strict=True)]
+    monkeypatch.setattr(memory, "free_memory", lambda: {"memory": free})
+    found = run({"m": folder}, [Cosine(token="completion"), Cosine()], chats(tmp_path / "c.jsonl", batch_size=3))
+    assert found.details["schedule"].startswith("resident" if free == 10**9 else "streamed")
+    assert found.tokens == sum(map(len, samples))
+    assert worst(found.tables[0], by_hand(Cosine(), only, only)) < 1e-5
+    assert worst(found.tables[1], by_hand(Cosine(), true, true)) < 1e-5
+
+
+def test_plain_text_has_no_completions(tiny: Tiny, tmp_path: Path, spy: Spy) -> None:
+    message = refused(CalibrationError, {"m": tiny("llama")}, [Cosine(token="completion")], jsonl(tmp_path / "t.jsonl", TEXTS))
+    hint = "use conversations, or another token"
+    assert message == f"metric cosine[completion] needs completions, but sample 0 is no conversation; {hint}"
+    assert spy.model is None, "this is told before the model is loaded"
+
+
+def test_two_models_read_a_conversation_alike(tiny: Tiny, tmp_path: Path) -> None:
+    """The base model has no template: that of the chat model counts for both."""
+    chat = with_tokenizer(tiny("llama"), tmp_path / "chat", chat_tokenizer())
+    base = with_tokenizer(tiny("qwen3"), tmp_path / "base", chat_tokenizer(None))
+    metric = Cosine(token="completion")
+    both = run({"base": base, "chat": chat}, [metric], chats(tmp_path / "c.jsonl"))
+    assert [(table.a, table.b) for table in both.tables] == [("base", "base"), ("base", "chat"), ("chat", "chat")]
+    alone = run({"chat": chat}, [metric], chats(tmp_path / "c.jsonl"))
+    assert worst(both.tables[2], lists(alone.tables[0])) < 1e-9
+    plain = with_tokenizer(tiny("qwen3"), tmp_path / "plain", byte_tokenizer())
+    message = refused(RefusedError, {"plain": plain, "chat": chat}, [metric], chats(tmp_path / "c.jsonl"))
+    assert message.startswith("the tokenizers of 'plain' and 'chat' differ: token 0 of a text is ")
+
+
+def test_packed_and_apart_are_two_measurements(tiny: Tiny, tmp_path: Path) -> None:
+    calibration = jsonl(tmp_path / "t.jsonl", TEXTS).model_copy(update={"max_length": 16, "packed": True})
+    found = run({"m": tiny("llama")}, [Cosine()], calibration)
+    whole = [token for text in TEXTS for token in (*byte_tokenizer()(text)["input_ids"], 2)][:-1]
+    true = [states_of(tiny("llama"), whole[at : at + 16]) for at in range(0, len(whole) - 15, 16)]
+    assert (found.samples, found.tokens) == (len(true), 16 * len(true))
+    assert worst(found.tables[0], by_hand(Cosine(), true, true)) < 1e-5
 
 
 # One pass, and nothing left behind
@@ -322,7 +408,8 @@ def test_details(tiny: Tiny, tmp_path: Path) -> None:
     found = run({"m": tiny("llama")}, [Cosine()], calibration)
     assert found.details == {
         "source": "text", "path": str(tmp_path / "t.jsonl"), "column": None, "samples": 16, "max_length": 64,
-        "min_length": 1, "seed": None, "documents_read": 5, "documents_skipped": 2, "documents_too_short": 0,
+        "prompt": None, "completion": None, "min_length": 1, "packed": False, "seed": None,
+        "documents_read": 7, "documents_skipped": {"empty": 2},
         "bos": "not added", "bos_policy": "auto", "prefix": [],
         "dtype": {"m": "float32"}, "device": "cpu", "schedule": "resident: 255.6 kB of weights in float32",
         "torch": torch.__version__, "transformers": transformers.__version__,
@@ -595,8 +682,8 @@ def test_smollm2_last_layer_is_measured_before_the_final_norm(smollm2: Path, tmp
 
 
 def lengths(sizes: Sequence[int], size: int, alike: bool = False) -> list[list[int]]:
-    text = [array("q", range(length)) for length in sizes]
-    return [[len(sample.ids) for sample in batch] for batch in engine._batches(text, 0, len(text), size, alike)]
+    text = Text([array("q", range(length)) for length in sizes], [None] * len(sizes))
+    return [[len(sample.ids) for sample in batch] for batch in engine._batches(text, 0, len(sizes), size, alike)]
 
 
 def test_batches_are_of_similar_length() -> None:

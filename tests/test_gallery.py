@@ -161,6 +161,7 @@ CHOSEN: Mapping[str, tuple[int, Mapping[tuple[int, int], float], Order]] = {
     "budget-distance": (28, {(8, 9): 0.06, (20, 21): 0.08, (12, 13): 0.1}, cut(SMOLLM2, (0, 8), (9, 20), (21, 30))),
     "budget-parameters": (23, {(11, 18): 0.01}, cut(SMOLLM2, (0, 11), (18, 30))),
     "budget-size": (20, {(0, 10): 0.001, (12, 22): 0.01}, cut(SMOLLM2, (0, 12), (22, 30))),
+    "chat": (24, {(12, 18): 0.01}, cut(SMOLLM2, (0, 12), (18, 30))),
     "deepest": (24, {(3, 9): 0.01}, cut(SMOLLM2, (0, 23), (29, 30))),
     "depth-up-scale": (40, {(9, 19): 0.01}, cut(SMOLLM2, (0, 19), (9, 30))),
     "llama-3-8b": (24, {(20, 28): 0.01}, cut("meta-llama/Meta-Llama-3-8B", (0, 20), (28, 32))),

@@ -66,6 +66,18 @@ def test_the_same_plan_with_and_without_the_cache(model: Path, forwards: list[in
     assert sorted(forwards) == [0, 1, 2, 3, 4, 5]
 
 
+def test_documents_are_counted_anew_when_the_numbers_are_not(model: Path, forwards: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    counts = []
+    for blank in (0, 2):
+        path.write_text(blank * '{"text": ""}\n' + '{"text": "one text"}\n{"text": "another"}\n')
+        made = planned(model, calibration={"source": "text", "path": str(path)}).measurement
+        assert made is not None
+        counts.append((made.details["documents_read"], made.details["documents_skipped"]))
+    assert counts == [(2, {}), (4, {"empty": 2})]
+    assert len(forwards) == 2
+
+
 def test_another_budget_or_metric_costs_no_forward(model: Path, forwards: list[int]) -> None:
     planned(model)
     forwards.clear()
@@ -128,6 +140,42 @@ def test_auto_ends_at_its_most_and_says_so(model: Path, forwards: list[int]) -> 
     assert plan.measurement.samples == 5
     assert plan.measurement.details["settled"] is False
     assert any("not settled" in note and "more text may lead to" in note for note in plan.notes)
+
+
+AUTO = {"source": "builtin", "samples": {"least": 2, "most": 5}, "max_length": 4}
+
+
+def test_what_was_settled_is_found_again(model: Path, forwards: list[int]) -> None:
+    first = planned(model, calibration=AUTO)
+    assert sorted(forwards) == list(range(5))
+    assert planned(model, calibration=AUTO, output="elsewhere", evaluate={"generate": "hello"}).measurement == first.measurement
+    assert planned(model, calibration=AUTO).to_json() == first.to_json()
+    assert len(forwards) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": [{"prune": {"layers": 3}}]},
+        {"metric": {"name": "cosine", "token": "all"}},
+        {"calibration": {"source": "builtin", "samples": {"least": 2, "most": 4}, "max_length": 4}},
+    ],
+)
+def test_another_question_is_settled_anew(model: Path, forwards: list[int], change: dict[str, Any]) -> None:
+    planned(model, calibration=AUTO)
+    forwards.clear()
+    planned(model, **{"calibration": AUTO, **change})
+    assert forwards != []
+
+
+def test_an_analysis_finds_its_own_again(model: Path, forwards: list[int]) -> None:
+    text = {"samples": {"least": 2, "most": 4}, "max_length": 4}
+    first = api.analyze(model, text=text, progress=False)
+    forwards.clear()
+    assert api.analyze(model, text=text, progress=False) == first
+    assert forwards == []
+    assert main(["analyze", str(model), "--samples", "auto", "--max-length", "4", "--quiet"]) == 0
+    assert len(forwards) >= 8
 
 
 def test_looks_give_the_numbers_of_one_pass(model: Path, forwards: list[int]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import CHATML, byte_tokenizer, chat_tokenizer
 
 from layercut import perplexity as module
 from layercut.calibration import BuiltinCalibration, TextCalibration
@@ -135,6 +135,22 @@ def test_documents_are_joined_by_a_blank_line(tiny: Tiny, tmp_path: Path) -> Non
     ids = ids_of(folder, "one document\n\nand another one\n\nx")
     assert found.windows == len(ids) // 16 == 2
     assert found.nll == pytest.approx(by_hand(folder, [ids[:16], ids[16:32]])[0], abs=1e-5)
+
+
+def test_conversations_are_text_as_the_chat_template_writes_them(tiny: Tiny, tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + CHATML)
+    folder = tmp_path / "chat"
+    shutil.copytree(tiny("llama"), folder)
+    tokenizer.save_pretrained(folder)
+    talks = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}] for said in ("yes", "no")]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in (talks[0], talks[0] * 2, talks[1])), encoding="utf-8")
+    found = perplexity(folder, TextCalibration(path=str(path), max_length=25), progress=False)
+    text = "\n\n".join(tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert found.windows == len(ids) // 25 == 2
+    assert found.nll == pytest.approx(by_hand(folder, [ids[:25], ids[25:50]])[0], abs=1e-5)
+    assert found.source == str(path)
 
 
 def test_the_built_in_text_is_the_held_out_part(tiny: Tiny) -> None:

@@ -50,12 +50,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "standins", "towers", "version",
     ),
     ("declarations", "hubfaults", "smallfile"),
-    ("calibration", "conversions", "copying", "header", "stack", "tokens", "yamltext"),
-    ("companions", "metric"),
-    ("mirror", "samplewise", "tokenwise"),
-    ("hubreader", "metrics"),
+    ("calibration", "conversations", "conversions", "copying", "header", "mixing", "stack", "tokens", "yamltext"),
+    ("companions", "metric", "rows"),
+    ("documents", "mirror", "samplewise", "tokenwise"),
+    ("hubreader", "metrics", "sampling"),
     ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "stated", "strategies"),
-    ("anatomy",),
+    ("accounts", "anatomy", "chats"),
     (
         "architecture", "blockscores", "gguf", "measurements", "memory", "mergekit", "naming", "operations", "pickled", "rules",
         "seams", "settling", "shards", "spill", "upload",
@@ -69,6 +69,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("planner",),
     ("loading",),
     ("draw", "encoding", "perplexity", "runner", "skeleton", "sums"),
+    ("reading",),
     ("accumulators", "arguments"),
     ("resident",),
     ("streaming",),
@@ -89,8 +90,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 # Modules that import torch when they are imported; the others reach for them inside functions.
 MEASURING = (
-    "accumulators", "arguments", "draw", "encoding", "engine", "loading", "perplexity", "resident", "runner", "schedules", "skeleton",
-    "spill", "standins", "streaming", "sums", "weights",
+    "accumulators", "arguments", "draw", "encoding", "engine", "loading", "perplexity", "reading", "resident", "runner", "schedules",
+    "skeleton", "spill", "standins", "streaming", "sums", "weights",
 )  # fmt: skip
 # Tests of the whole, which have no module of their own.
 OF_THE_WHOLE = (
