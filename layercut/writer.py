@@ -56,7 +56,7 @@ class Writer(NamedTuple):
     """What an earlier run left of the files."""
 
     def write_all(self, advance: Callable[[int], object]) -> None:
-        """All files but the report, each on the disk before the next begins: config.json, the weights, others, and the index last.
+        """All files but the report: config.json, the weights, others, and the index last; each is on the disk before it is recorded.
 
         Large weight files are written HANDS at a time, tensors are computed one at a time. `advance` is called with the number of bytes
         after every step, and for what is kept, by one thread at a time. Raises OutputError, and CheckpointError when a source cannot be
