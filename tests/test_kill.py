@@ -30,7 +30,7 @@ LAYERS = [("source", index) for index in (0, 1, 4, 5)]
 
 # A process that is asked, a line of JSON at a time, to run a plan in a child and to kill the child. Forking costs no start of Python.
 ZYGOTE = """
-import json, os, random, signal, sys, time
+import json, os, random, signal, sys, threading, time
 from pathlib import Path
 from layercut import copying, executor, writer
 from layercut.errors import LayercutError
@@ -101,25 +101,28 @@ def watch(ask):
     sys.addaudithook(hook)
 
 def slow(seconds):
-    real = os.copy_file_range
+    real, counting = os.copy_file_range, threading.Lock()
     def copy(source, target, count, **offsets):
         global copied
         time.sleep(seconds)
         done = real(source, target, min(count, 1 << 20), **offsets)
-        copied += done
+        with counting:
+            copied += done
         return done
     os.copy_file_range = copy
 
 def child(ask, answers):
     code, said = 0, ""
     writer.MARK, writer.PAUSE = ask["mark"], 0
+    if ask["hands"] > 1:
+        writer.SMALL, os.cpu_count = 0, lambda: ask["hands"]
     if ask["slow"]:
         slow(ask["slow"])
     if ask["at"] is not None:
         watch(ask)
     try:
         plan = Plan.from_json(Path(ask["plan"]).read_text())
-        executor.execute(plan, Path(ask["output"]), overwrite=ask["overwrite"], progress=False)
+        executor.execute(plan, Path(ask["output"]), overwrite=ask["overwrite"], durable=ask["durable"], progress=False)
     except LayercutError as error:
         code, said = 1, str(error)
     answers.write(json.dumps({"code": code, "said": said, "copied": copied, "steps": steps}))
@@ -149,10 +152,11 @@ def zygote():
     environment = {**os.environ, "PYTHONPATH": str(Path(executor.__file__).parents[1])}
     process = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
-    def ask(plan, output, *, seconds=None, at=None, crash="kill", overwrite=False, mark=100, slow=0.0):
+    def ask(plan, output, *, seconds=None, at=None, crash="kill", overwrite=False, mark=100, slow=0.0, hands=1, durable=True):
         """What a run says at its end, or None when it was killed: after some seconds, or before its change number `at`."""
         question = {"plan": str(plan), "output": str(output), "seconds": seconds, "at": at, "crash": crash}
-        process.stdin.write(json.dumps(question | {"overwrite": overwrite, "mark": mark, "slow": slow}) + "\n")
+        how = {"overwrite": overwrite, "mark": mark, "slow": slow, "hands": hands, "durable": durable}
+        process.stdin.write(json.dumps(question | how) + "\n")
         process.stdin.flush()
         return json.loads(process.stdout.readline())
 
@@ -293,9 +297,10 @@ def watched(out: Path, clean: Path):
         thread.join()
 
 
-def test_kills_at_forty_moments(zygote, large, tmp_path):
+@pytest.mark.parametrize(("hands", "durable"), [(1, True), (3, True), (3, False)])
+def test_kills_at_forty_moments(zygote, large, tmp_path, hands, durable):
     run, out, work, clean = tmp_path / "plan.json", tmp_path / "work" / "out", tmp_path / "work", stable(tmp_path / "clean")
-    how = {"mark": 2 * MB, "slow": 0.008}
+    how = {"mark": 2 * MB, "slow": 0.008 * hands, "hands": hands, "durable": durable}
     before = tree(tmp_path / "source")
 
     def put_away():
