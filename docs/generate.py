@@ -17,7 +17,7 @@ from layercut.cli import cli
 from layercut.metrics import METRICS
 from layercut.operations import OPERATIONS
 from layercut.recipe import Recipe
-from layercut.strategies import STRATEGIES
+from layercut.searches import ALL
 
 DOCS = Path(__file__).resolve().parent
 COMMAND = "make docs"
@@ -147,12 +147,13 @@ def recipe_page() -> str:
         "",
         "## Strategies",
         "",
-        "How a step chooses layers when only a number, or another budget, is given.",
+        "How a step chooses layers when only a number, or another budget, is given. [strategies.md](strategies.md) says what each costs,",
+        "and when to take which.",
         "",
         "| name | chooses |",
         "|---|---|",
     ]
-    lines += [f"| `{name}` | {' '.join(inspect.cleandoc(type(strategy).__doc__ or '').split())} |" for name, strategy in STRATEGIES.items()]
+    lines += [f"| `{name}` | {' '.join(inspect.cleandoc(type(strategy).__doc__ or '').split())} |" for name, strategy in ALL.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -34,6 +34,7 @@ from layercut.smallfile import read_small
 from layercut.source import resolve
 from layercut.staging import Place, check_vacant
 from layercut.start import Resolve, givers, open_members
+from layercut.trials import Losses
 from layercut.upload import Upload
 
 # Tells a plan from a recipe that is written as JSON, in whatever order its keys stand.
@@ -54,7 +55,7 @@ def plan_recipe(
     ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> Plan:
-    """Plan a recipe, or the recipe in a file with `KEY=VALUE` overrides. Measures only when the recipe leaves something to distance.
+    """Plan a recipe, or the recipe in a file with `KEY=VALUE` overrides. Measures only when the recipe leaves something open.
 
     `out` takes the place of the recipe's output: files are laid out for the filesystem that it lies on. `memory` is what the process
     may take while it measures, in bytes; None for what is free. Models that do not fit are streamed layer by layer, which gives the
@@ -66,7 +67,8 @@ def plan_recipe(
     named = out or (recipe.output and recipe.output.path)
     sharing = partial(sharing_filesystem, output_of(recipe, out)) if named else None
     measured = partial(_measured, progress=progress, memory=memory, ranks=ranks)
-    return build_plan(recipe, resolve=partial(resolve, progress=progress), measure=measured, sharing=sharing)
+    run = partial(_run, progress=progress, memory=memory, ranks=ranks)
+    return build_plan(recipe, resolve=partial(resolve, progress=progress), measure=measured, sharing=sharing, run=run)
 
 
 def _measured(
@@ -79,23 +81,30 @@ def _measured(
     ranks: Ranks,
     question: Question | None = None,
 ) -> Measurement:
-    from layercut.engine import measure  # the only road into torch
+    from layercut.engine import measure  # a road into torch
 
-    checkpoints = {alias: fetching.fetch_whole(member.checkpoint, progress=progress) for alias, member in members.items()}
-    depths = {alias: member.stack.depth for alias, member in members.items()}
-    prefixes = {alias: member.stack.prefix for alias, member in members.items()}
     return measure(
-        checkpoints,
-        metrics,
-        calibration,
-        depths=depths,
-        prefixes=prefixes,
-        progress=progress and ranks.main,
-        memory=memory,
-        ranks=ranks,
-        cache=measurement_cache(),
-        question=question,
+        calibration=calibration, metrics=metrics, question=question, **_setting(members, progress=progress, memory=memory, ranks=ranks)
     )
+
+
+def _run(members: Mapping[str, Member], calibration: Calibration, *, progress: bool, memory: int | None, ranks: Ranks) -> Losses:
+    from layercut.losses import Meter  # the other road into torch
+
+    return Meter(calibration=calibration, **_setting(members, progress=progress, memory=memory, ranks=ranks))
+
+
+def _setting(members: Mapping[str, Member], *, progress: bool, memory: int | None, ranks: Ranks) -> dict[str, Any]:
+    """Models, whole and on this machine, and how they are run."""
+    return {
+        "models": {alias: fetching.fetch_whole(member.checkpoint, progress=progress) for alias, member in members.items()},
+        "depths": {alias: member.stack.depth for alias, member in members.items()},
+        "prefixes": {alias: member.stack.prefix for alias, member in members.items()},
+        "progress": progress and ranks.main,
+        "memory": memory,
+        "ranks": ranks,
+        "cache": measurement_cache(),
+    }
 
 
 def analyze(

@@ -1,15 +1,16 @@
-"""The choices of a plan: what the recipe leaves open, decided by distance, with the evidence kept."""
+"""The choices of a plan: what the recipe leaves open, decided by distance or by loss, with the evidence kept."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from math import prod
 from typing import Any, NamedTuple
 
 from layercut.architecture import Member
-from layercut.calibration import Auto
+from layercut.calibration import Auto, Calibration
 from layercut.checkpoint import Tensor
 from layercut.ends import find_ends
 from layercut.errors import LayercutError, RecipeError
@@ -17,21 +18,28 @@ from layercut.header import ITEM_BITS
 from layercut.layout import FLOATS, layer_tensors
 from layercut.metrics import Metric
 from layercut.operations import Wish
-from layercut.plan import Candidate, Choice, Measurement
+from layercut.plan import Candidate, Choice, Measurement, Trial
 from layercut.recipe import DTYPES, Recipe
 from layercut.seams import Prices
+from layercut.searches import ALL, Best, Search, find
 from layercut.selectors import count_of
 from layercut.settling import Contest, Question, Way
-from layercut.stack import Block, LayerRef, Stack, joints, runs
-from layercut.strategies import STRATEGIES, OneBlock, Task
+from layercut.stack import Block, LayerRef, Stack, blocks_of, joints, runs
+from layercut.strategies import OneBlock, Strategy, Task
+from layercut.trials import Attempt, Found, Losses, Part
 
 Measure = Callable[..., Measurement]
 """Measures, given members, metrics, calibration and, for `samples: auto`, `question`: what is chosen on a measurement."""
+Run = Callable[[Mapping[str, Member], Calibration], Losses]
+"""Makes members ready to be run on calibration text."""
 # Names, inside a layer, of the modules that write to the residual stream: attention and feed-forward outputs of all families.
 OUTPUTS = re.compile(
     r"(^|\.)(o_proj|out_proj|c_proj|wo|down_proj|fc2|fc_out|w2|dense_4h_to_h|(self_)?attention\.dense|self_attn\.dense|attn\.dense)(\.\w+)?$"
 )
 
+Build = Callable[[Sequence[Block]], Stack]
+LOSS = "loss"
+"""What stands for the metric where the loss decided."""
 # Budgets that bound a weight, and its unit.
 UNITS = {"params": "parameters", "size": "bytes"}
 
@@ -39,8 +47,17 @@ UNITS = {"params": "parameters", "size": "bytes"}
 class Evidence:
     """Measures once, when first asked, and keeps what was decided with it."""
 
-    def __init__(self, recipe: Recipe, members: Mapping[str, Member], measure: Measure, question: Question | None = None) -> None:
-        self.recipe, self.members, self._question = recipe, members, question
+    def __init__(
+        self,
+        recipe: Recipe,
+        members: Mapping[str, Member],
+        measure: Measure,
+        question: Question | None = None,
+        run: Run | None = None,
+        writable: Callable[[Stack], bool] = lambda stack: True,
+    ) -> None:
+        self.recipe, self.members, self._question, self._run, self.writable = recipe, members, question, run, writable
+        self._losses: Losses | None = None
         self.contests: list[Contest] = []
         self.choices: list[Choice] = []
         self.notes: list[str] = []
@@ -58,11 +75,46 @@ class Evidence:
     def prices(self, metric: Metric | None) -> Prices:
         """Seam prices under a metric; under the first of the recipe when none is given."""
         if self.measurement is None:
+            if self._losses is not None:  # the engine loads what it measures
+                self._losses.release()
             calibration = self.recipe.calibration
             asked = {"question": self._question} if isinstance(calibration.samples, Auto) else {}
             self.measurement = self._measure(self.members, self.recipe.all_metrics, calibration, **asked)
             self.notes += self.measurement.details.get("settling", [])
         return Prices(self.measurement, (metric or self.recipe.all_metrics[0]).label, self.depths)
+
+    @property
+    def losses(self) -> Losses:
+        """What stacks lose; the models are made ready when this is first asked for."""
+        if self._losses is None:
+            if self._run is None:
+                raise LayercutError("nothing is given that stacks could be run with", hint="choose by distance")
+            self._losses = self._run(self.members, self.recipe.calibration)
+        return self._losses
+
+    def note_trials(self, where: str, chosen: str, stack: Stack, build: Build, own: Found, part: Part) -> None:
+        """Keep a decision that was made by loss. `stack` is what the step saw, and `own` what was chosen and what was tried."""
+        parts = {part: None, **{attempt.part: None for attempt in own.attempts}}
+        before = {part: self.losses.losses([stack], part)[0] for part in parts}
+        (loss,) = self.losses.losses([build(own.blocks)], part)
+        as_it_is = [Attempt("as it is", (), before[attempt_part], attempt_part) for attempt_part in {a.part: None for a in own.attempts}]
+        trials = []
+        for attempt in (*as_it_is, *own.attempts):
+            base = before[attempt.part]
+            gap = attempt.loss.over(base)
+            trials.append(
+                Trial(
+                    name=attempt.name,
+                    chosen=named(attempt.blocks),
+                    loss=attempt.loss.mean,
+                    increase=gap.mean / base.mean,
+                    stderr=gap.stderr / base.mean,
+                    text=attempt.part,
+                )
+            )
+        self.choices.append(
+            Choice(where=where, metric=LOSS, chosen=chosen, cost=loss.mean, trials=tuple(trials), run_on=self.losses.about())
+        )
 
     def note(
         self,
@@ -114,11 +166,38 @@ class Evidence:
         return Weight(params, size)
 
 
+def named(blocks: Sequence[Block]) -> str:
+    """Blocks in words."""
+    return " + ".join(f"[{block.start}, {block.stop})" for block in blocks)
+
+
 class Weight(NamedTuple):
     """Parameters and bytes."""
 
     params: int
     size: int
+
+
+class Means:
+    """What the strategy of a step may ask (`searches.Means`)."""
+
+    def __init__(self, evidence: Evidence, metric: Metric | None, last: bool) -> None:
+        """`last` tells whether no step follows, so that the stack that is chosen is the one that is written."""
+        self._evidence, self._metric, self._last = evidence, metric, last
+
+    @property
+    def prices(self) -> Prices:
+        """What seams cost under the metric of the step."""
+        return self._evidence.prices(self._metric)
+
+    @property
+    def losses(self) -> Losses:
+        """What stacks lose."""
+        return self._evidence.losses
+
+    def writable(self, stack: Stack) -> bool:
+        """Whether a config can describe the stack; where steps follow, they may mend it."""
+        return not self._last or self._evidence.writable(stack)
 
 
 class StepSite:
@@ -143,17 +222,57 @@ class StepSite:
             self.evidence.notes.append(f"{self._name}: the model has {self._amount(key, wish.stack):,} {UNITS[key]}: nothing is removed")
             return ()
         counts = self._counts(key, value, task, wish)  # a number that cannot be is told before anything is measured
-        prices = self.evidence.prices(wish.metric)
+        strategy: Strategy = Best(wish.candidates) if wish.candidates is not None else ALL[wish.strategy]
+        means = self._means(wish)
+        if key == "max_loss_increase":
+            return self._choose_by_increase(value, counts, task, wish, strategy)
         nearest: tuple[Block, ...] = ()
         for count in counts:
-            blocks = STRATEGIES[wish.strategy].choose(replace(task, count=count), prices)
-            if blocks is None and key == "layers":
+            if key in UNITS and isinstance(strategy, Search) and not self._reachable(key, value, replace(task, count=count)):
+                continue
+            found = find(strategy, replace(task, count=count), means)
+            if found is None and key == "layers":
                 raise self._too_many(count, task, wish)
-            nearest = nearest if blocks is None else blocks
-            if blocks is not None and self._within(key, value, wish.build(blocks), prices):
-                self._keep(wish, blocks, prices)
-                return blocks
-        raise self._out_of_reach(key, value, wish, nearest, prices)
+            nearest = nearest if found is None else found.blocks
+            if found is not None and self._within(key, value, wish.build(found.blocks), means):
+                if isinstance(strategy, Search):
+                    part: Part = "held out" if isinstance(strategy, Best) else "calibration"
+                    self.evidence.note_trials(self._name, f"{wish.verb} layers {named(found.blocks)}", wish.stack, wish.build, found, part)
+                else:
+                    self._keep(wish, found.blocks, means.prices)
+                return found.blocks
+        raise self._out_of_reach(key, value, wish, nearest, means)
+
+    def _means(self, wish: Wish) -> Means:
+        return Means(self.evidence, wish.metric, self.path[1:2] == (len(self.evidence.recipe.steps) - 1,))
+
+    def _choose_by_increase(self, value: str, counts: Sequence[int], task: Task, wish: Wish, strategy: Strategy) -> tuple[Block, ...]:
+        """The most layers within a loss. Every number is tried, as more layers may lose less."""
+        every = {count: find(strategy, replace(task, count=count), self._means(wish)) for count in counts}
+        found = {count: one for count, one in every.items() if one is not None}
+        base, *losses = self.evidence.losses.losses([wish.stack, *(wish.build(one.blocks) for one in found.values())], "held out")
+        attempts = [
+            Attempt(f"{count} layer{'s' * (count > 1)}", one.blocks, loss, "held out")
+            for (count, one), loss in zip(found.items(), losses, strict=True)
+        ]
+        limit = base.mean * (1 + float(Fraction(value.rstrip("%"))) / 100)
+        within = [attempt for attempt in attempts if attempt.loss.mean <= limit]
+        if not within:
+            least = min(attempts, key=lambda attempt: attempt.loss.mean, default=None)
+            hint = None if least is None else f"the least is {least.loss.mean / base.mean - 1:.2%}, of {least.name}"
+            message = f"no layer of {len(wish.stack)}{_protected(wish)} can be removed within a loss increase of {value}"
+            raise self.error(message, "max_loss_increase", hint=hint)
+        chosen = within[-1].blocks
+        words = f"{wish.verb} layers {named(chosen)}"
+        self.evidence.note_trials(self._name, words, wish.stack, wish.build, Found(chosen, tuple(attempts)), "held out")
+        return chosen
+
+    def _reachable(self, key: str, value: Any, task: Task) -> bool:
+        """Whether so many layers could be enough: the heaviest."""
+        free = [position for position in range(len(task.stack)) if position not in task.protect]
+        weights = {position: self._amount(key, task.stack[position : position + 1]) for position in free}
+        heaviest = sorted(free, key=lambda position: -weights[position])[: task.count]
+        return bool(self._amount(key, task.build(blocks_of(heaviest))) <= value)
 
     @property
     def _name(self) -> str:
@@ -169,28 +288,30 @@ class StepSite:
             return range(1, task.longest + 1)
         if key == "max_distance":
             return range(task.longest, 0, -1)
+        if key == "max_loss_increase":
+            return range(1, task.longest + 1)
         count = count_of(value, len(task.stack), self)
         if count > task.longest:
             raise self._too_many(count, task, wish)
         return (count,)
 
-    def _within(self, key: str, value: Any, stack: Stack, prices: Prices) -> bool:
+    def _within(self, key: str, value: Any, stack: Stack, means: Means) -> bool:
         """Whether a stack keeps the budget."""
         if key in UNITS:
             return bool(self._amount(key, stack) <= value)
-        return key == "layers" or bool(prices.cost(stack).value <= value)
+        return key == "layers" or bool(means.prices.cost(stack).value <= value)
 
     def _too_many(self, count: int, task: Task, wish: Wish) -> LayercutError:
         hint = f"at most {task.longest}" if count > task.longest else "strategy blocks takes layers that are not consecutive"
         return self.error(f"cannot {wish.verb} {count} of {len(wish.stack)} layers{_protected(wish)}", "layers", hint=hint)
 
-    def _out_of_reach(self, key: str, value: Any, wish: Wish, nearest: tuple[Block, ...], prices: Prices) -> LayercutError:
+    def _out_of_reach(self, key: str, value: Any, wish: Wish, nearest: tuple[Block, ...], means: Means) -> LayercutError:
         """What is said of a budget; `nearest` is the choice that came closest to it."""
         depth, count = len(wish.stack), sum(block.stop - block.start for block in nearest)
         if key in UNITS:
             least = f"{self._amount(key, wish.build(nearest)):,} are left when {count} of {depth} layers are removed"
             return self.error(f"cannot come down to {value:,} {UNITS[key]}: {least}{_protected(wish)}", key)
-        hint = f"the least is {prices.cost(wish.build(nearest)).value:.6g}" if count else None
+        hint = f"the least is {means.prices.cost(wish.build(nearest)).value:.6g}" if count else None
         return self.error(f"no layer of {depth}{_protected(wish)} can be removed within a distance of {value:g}", key, hint=hint)
 
     def _keep(self, wish: Wish, blocks: tuple[Block, ...], prices: Prices) -> None:
@@ -208,13 +329,12 @@ class StepSite:
         if wish.strategy == "deepest":
             why = "cutting the deepest layers needs healing (training after the cut); distance did not decide"
             self.evidence.notes.append(f"{self._name}: {why}")
-        named = " + ".join(f"[{block.start}, {block.stop})" for block in blocks)
         self.evidence.note(
             self._name,
             wish.metric,
             wish.build(blocks),
             tuple(candidates),
-            f"{wish.verb} layers {named}",
+            f"{wish.verb} layers {named(blocks)}",
             None if rivals is None else tuple(rivals),
         )
 

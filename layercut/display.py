@@ -121,12 +121,30 @@ def plan_text(plan: Plan) -> str:
 
 
 def _choice_lines(choice: Choice) -> list[str]:
+    if choice.trials:
+        return _trial_lines(choice)
     lines = [f"{choice.where}: {choice.chosen}, total seam distance {choice.cost:.4f} ({choice.metric})"]
     best = sorted(choice.candidates, key=lambda candidate: (candidate.cost, candidate.start))[:4]
     if len(best) > 1:
         others = ", ".join(f"[{other.start}, {other.stop}) {other.cost:.4f} ± {other.stderr:.4f}" for other in best[1:])
         lines.append(f"  next best: {others}")
     return [*lines, ""]
+
+
+SHOWN = 40
+"""Trials of a choice that are shown; of more the ones of least loss. The plan as JSON has all."""
+
+
+def _trial_lines(choice: Choice) -> list[str]:
+    """A choice by loss, and what was tried for it."""
+    trials = choice.trials
+    if len(trials) > SHOWN:
+        trials = tuple(sorted(trials, key=lambda trial: trial.loss)[:SHOWN])
+    rows = [
+        (trial.name, f"{trial.loss:.4f}", f"{trial.increase:+.2%}", f"± {trial.stderr:.2%}", trial.chosen, f"{trial.text} text")
+        for trial in trials
+    ]
+    return [f"{choice.where}: {choice.chosen}, loss {choice.cost:.4f} nats a token", *columns(rows), ""]
 
 
 def report_text(report: Report, folder: Path) -> str:

@@ -218,8 +218,8 @@ def _look(
     with tqdm(total=sizes[-1], desc="measuring", unit="sample", disable=not progress, leave=False) as bar, quiet():
         for size in sizes:
             now, mine = Accumulators(schedule.models, metrics, keep=auto is not None), Used()
-            batches = _batches(text, done, size, calibration.batch_size, settings.alike)
-            schedule.run(mine.counted(ranks.share(batches), bar), now)
+            taken = batches(text, done, size, calibration.batch_size, settings.alike)
+            schedule.run(mine.counted(ranks.share(taken), bar), now)
             found, done = ranks.collect(now.state(), asdict(mine)), size
             for state, _ in found if seen is not None else found[1:]:
                 (seen or now).merge(state)
@@ -251,7 +251,7 @@ class Used:
             bar.update(len(batch))
 
 
-def _batches(text: Text, first: int, last: int, size: int, alike: bool = False) -> Iterator[list[Sample]]:
+def batches(text: Text, first: int, last: int, size: int, alike: bool = False) -> Iterator[list[Sample]]:
     """Batches of samples of similar length, or of one. The order depends on the text only, up to the read-ahead.
 
     None has as many samples as tokens: whether layers take samples or tokens first would show nowhere.

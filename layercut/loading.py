@@ -80,13 +80,13 @@ def load_backbone(folder: Path, device: torch.device, dtype: str | None = None) 
     is the backbone of the class that config.json names.
     """
     try:
-        model: nn.Module = _load(AutoModel, folder, device, dtype)
+        model: nn.Module = load_as(AutoModel, folder, device, dtype)
     except CheckpointError as error:
         named = named_class(folder)
         if named is None:
             raise
         try:
-            model = _load(named, folder, device, dtype).base_model
+            model = load_as(named, folder, device, dtype).base_model
         except CheckpointError:
             raise error from None
     return model
@@ -102,10 +102,11 @@ def named_class(folder: Path) -> Any:
 
 def load_causal_lm(folder: Path, device: torch.device, dtype: str | None = None) -> Any:
     """The model with its LM head, in eval mode. Raises CheckpointError when a weight is missing."""
-    return _load(AutoModelForCausalLM, folder, device, dtype)
+    return load_as(AutoModelForCausalLM, folder, device, dtype)
 
 
-def _load(kind: Any, folder: Path, device: torch.device, dtype: str | None, **config: object) -> Any:
+def load_as(kind: Any, folder: Path, device: torch.device, dtype: str | None, **config: object) -> Any:
+    """The model as an (auto) class has it, in eval mode. Raises CheckpointError when a weight is missing."""
     try:
         with quiet():
             model, found = kind.from_pretrained(

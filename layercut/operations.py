@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from layercut.metrics import Metric, MetricSpec
 from layercut.scalings import factor, literal, matches
-from layercut.selectors import Count, Place, Selectors, check_height, positions
+from layercut.searches import ALL, Candidate, Search, StrategyName
+from layercut.selectors import PERCENTAGE, Count, Percentage, Place, Selectors, check_height, positions
 from layercut.sizes import Number, ParameterCount, Size
 from layercut.stack import Block, LayerRef, Record, Scaling, Share, Stack, blocks_of
-from layercut.strategies import StrategyName
 
 Verb = Literal["remove", "repeat", "replace"]
+
+
+def _check_increase(value: object) -> object:
+    """One message instead of one for each kind of value."""
+    if not isinstance(value, str) or not re.fullmatch(PERCENTAGE, value):
+        raise ValueError("expected a percentage such as 5%")
+    return value
+
+
+Increase = Annotated[Percentage, BeforeValidator(_check_increase)]
 
 
 class Wish(NamedTuple):
@@ -27,17 +38,19 @@ class Wish(NamedTuple):
     build: Callable[[Sequence[Block]], Stack]
     """The stack that comes of a choice of disjoint blocks of positions, in order."""
     budget: Mapping[str, Any]
-    """One entry: the key of the budget (`layers`, `params`, `size`, `max_distance`) and its value."""
-    strategy: str
+    """One entry: the key of the budget (`layers`, `params`, `size`, `max_distance`, `max_loss_increase`) and its value."""
+    strategy: StrategyName
     metric: Metric | None
     protect: frozenset[int]
+    candidates: tuple[Candidate, ...] | None = None
+    """Strategies that `best` compares; None for those that it compares by itself."""
 
 
 class Site(Place, Protocol):
     """Where an operation stands in a recipe, and how it asks for a decision or a fact."""
 
     def choose(self, wish: Wish) -> tuple[Block, ...]:
-        """Blocks of least total seam distance within the budget."""
+        """Blocks within the budget, as the strategy chooses them."""
 
     def tensors(self, layer: LayerRef) -> tuple[str, ...]:
         """Names, in the source, of the tensors of a layer."""
@@ -52,6 +65,11 @@ class Operation(Record):
     examples: ClassVar[tuple[str, ...]]
     """Lines of YAML, for the documentation."""
 
+    @property
+    def runs(self) -> bool:
+        """Whether stacks have to be run to choose layers."""
+        return False
+
     def apply(self, stack: Stack, site: Site) -> Stack:
         raise AssertionError("every operation says what it does")
 
@@ -60,11 +78,13 @@ class Chosen(Operation):
     """An operation on layers that are named (`at`), or chosen within a budget."""
 
     layers: Count | None = None
-    """How many layers: a count, or a percentage of the stack rounded down. Which ones: those of least total seam distance."""
+    """How many layers: a count, or a percentage of the stack rounded down. Which ones the strategy says."""
     at: Selectors | None = None
     """Which layers: indices, inclusive ranges "a-b", or {every, from, to}; negative ones count from the end."""
     strategy: StrategyName = "block"
-    """How layers are chosen: see `strategies`."""
+    """How layers are chosen: docs/strategies.md says what each costs, and when to take which."""
+    candidates: Annotated[tuple[Candidate, ...], Field(min_length=1)] | None = None
+    """Strategies that `best` compares; all but `evolve` if not set."""
     metric: MetricSpec | None = None
     """Metric that decides here; the first metric of the recipe if not set."""
     protect: Selectors | None = None
@@ -82,11 +102,18 @@ class Chosen(Operation):
                 else f"one of {', '.join(self.budgets)} (how many) or 'at' (which)"
             )
             raise ValueError(f"takes either {words}")
-        choosing = [key for key in ("strategy", "metric", "protect") if key in self.model_fields_set]
+        choosing = [key for key in ("strategy", "candidates", "metric", "protect") if key in self.model_fields_set]
         if self.at is not None and choosing:
             message = "with 'at' nothing is chosen: strategy, metric and protect go with a budget"
             raise PydanticCustomError("chosen", message, {"at": choosing[0]})
+        if self.candidates is not None and self.strategy != "best":
+            raise PydanticCustomError("candidates", "'candidates' goes with strategy best", {"at": "candidates"})
         return self
+
+    @property
+    def runs(self) -> bool:
+        """Whether stacks have to be run to choose layers."""
+        return self.at is None and isinstance(ALL[self.strategy], Search)
 
     def blocks(self, verb: Verb, stack: Stack, site: Site, build: Callable[[Sequence[Block]], Stack]) -> tuple[Block, ...]:
         """The blocks of positions that are meant."""
@@ -94,7 +121,7 @@ class Chosen(Operation):
             return blocks_of(positions(self.at, len(stack), site))
         budget = {key: value for key in self.budgets if (value := getattr(self, key)) is not None}
         safe = frozenset() if self.protect is None else frozenset(positions(self.protect, len(stack), site, "protect"))
-        return site.choose(Wish(verb, stack, build, budget, self.strategy, self.metric, safe))
+        return site.choose(Wish(verb, stack, build, budget, self.strategy, self.metric, safe, self.candidates))
 
 
 def _without(stack: Stack, blocks: Sequence[Block]) -> Stack:
@@ -111,16 +138,25 @@ class Prune(Chosen):
     """Remove as few layers as bring the weights to at most so many bytes, for example `12GB`."""
     max_distance: Annotated[Number, Field(gt=0)] | None = None
     """Remove as many layers as keep the total seam distance at or below this."""
+    max_loss_increase: Increase | None = None
+    """Remove as many layers as keep the loss on held-out text within so much more than before the step, for example `5%`."""
 
-    budgets: ClassVar[tuple[str, ...]] = ("layers", "params", "size", "max_distance")
+    budgets: ClassVar[tuple[str, ...]] = ("layers", "params", "size", "max_distance", "max_loss_increase")
     examples: ClassVar[tuple[str, ...]] = (
         "- prune: {layers: 6}                        # the block of six that costs least",
         "- prune: {layers: 25%, strategy: blocks, protect: [0, -1]}  # any blocks, never the first or the last layer",
         "- prune: {size: 12GB}                       # as few layers as bring the weights to 12 GB",
         "- prune: {max_distance: 0.2}                # as many as keep the seam that cheap",
+        "- prune: {layers: 6, strategy: best}        # what each strategy chooses is run on held-out text; the best one is taken",
+        "- prune: {max_loss_increase: 5%, strategy: greedy}  # as many as keep the loss within 5 %",
         '- prune: {at: [3, 7, "20-24"]}              # these layers; a dash is inclusive',
         "- prune: {at: {every: 2, from: 8, to: 24}}  # 8, 10, ... 24",
     )
+
+    @property
+    def runs(self) -> bool:
+        """Whether stacks have to be run to choose layers."""
+        return super().runs or self.max_loss_increase is not None
 
     def apply(self, stack: Stack, site: Site) -> Stack:
         left = _without(stack, self.blocks("remove", stack, site, partial(_without, stack)))

@@ -36,6 +36,7 @@ __all__ = [
     "Table",
     "TensorCopy",
     "TensorMade",
+    "Trial",
 ]
 
 FORMAT: Literal["layercut-plan/1"] = "layercut-plan/1"
@@ -111,19 +112,40 @@ class Candidate(Record):
     """Standard error of `cost`, seams taken as independent."""
 
 
+class Trial(Record):
+    """A stack that was run on text before a choice was made."""
+
+    name: str
+    """What was tried: a layer, a round of a search, a strategy, or a number of layers."""
+    chosen: str
+    """The positions that it chooses, in the stack as the step saw it: half-open, from 0."""
+    loss: FiniteFloat
+    """Negative log-likelihood of the text, in nats a token."""
+    increase: FiniteFloat
+    """By how much of the loss of the stack as the step saw it this is more: 0.05 is 5 %."""
+    stderr: FiniteFloat
+    """Standard error of `increase`, from samples that are compared one by one."""
+    text: Literal["calibration", "held out"]
+    """Whether the text is the one that layers were chosen on, or other text."""
+
+
 class Choice(Record):
     """A decision that the recipe left to the planner, with the evidence for it."""
 
     where: str
     """Place in the recipe, for example `steps.0.prune`."""
     metric: str
-    """Label of the metric that decided."""
+    """Label of the metric that decided, or `loss`."""
     chosen: str
     """What was chosen, in words: half-open, from 0."""
     cost: FiniteFloat
-    """Total seam distance of the stack that was chosen."""
+    """Total seam distance of the stack that was chosen; its loss in nats a token, where that decided."""
     candidates: tuple[Candidate, ...] = ()
     """All candidates of a one-block choice, in order of position; empty for a choice of several boundaries."""
+    trials: tuple[Trial, ...] = ()
+    """Stacks that were run, first the one that the step saw, then in the order in which they were tried; empty where distance decided."""
+    run_on: dict[str, Any] = {}
+    """The text of the trials, settings and versions."""
 
 
 class Table(Record):

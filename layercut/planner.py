@@ -9,9 +9,10 @@ from functools import partial
 
 from layercut.architecture import Member
 from layercut.boundaries import choose_boundaries
+from layercut.calibration import Auto
 from layercut.chattemplates import TEMPLATES, template_text
 from layercut.checkpoint import CONFIG
-from layercut.choices import Evidence, Measure, StepSite
+from layercut.choices import Evidence, Measure, Run, StepSite
 from layercut.compatibility import check_together
 from layercut.ends import Ends, find_ends
 from layercut.errors import LayercutError, RecipeError, RefusedError, did_you_mean
@@ -20,6 +21,7 @@ from layercut.operations import apply_all
 from layercut.plan import Actions, Companion, Edit, LeftOut, Measurement, Plan, Seam, Source
 from layercut.quantization import is_quantized
 from layercut.recipe import DTYPES, Recipe
+from layercut.scalings import factors
 from layercut.settling import Contest, Question, Way
 from layercut.sharing import Filesystem, Sharing
 from layercut.stack import Stack, joints, models_of
@@ -35,19 +37,19 @@ TOKENIZER = (
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
-def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: Sharing | None = None) -> Plan:
+def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: Sharing | None = None, run: Run | None = None) -> Plan:
     """Resolve every choice that the recipe leaves open, and lay out the result down to byte ranges. Writes nothing.
 
     `resolve` opens the models that the recipe names; `measure` is called at most once, and only when something is `auto`; `sharing`
-    tells whether the output can share blocks with files, and moves nothing but the bounds of its own. Raises LayercutError: RecipeError
-    with its place when the recipe cannot be done, RefusedError when the result would load but compute something else.
+    tells whether the output can share blocks with files, and moves nothing but the bounds of its own; `run` readies models for losses.
+    Raises RecipeError with its place when the recipe cannot be done, RefusedError when the result would compute something else.
     """
     members = open_members(recipe, resolve)
     giving = givers(recipe, members)
     donor = recipe.base_model or next(iter(giving))
     tokenizer = _tokenizer(recipe, donor)
     notes = (*recipe.notes, *check_together(members, donor, tuple(giving), tokenizer, inexact=recipe.allow == "inexact"))
-    evidence = Evidence(recipe, giving, measure, Question(_what_decides(recipe), partial(_contests, recipe, giving)))
+    evidence = _evidence(recipe, giving, measure, run)
     stack = _stack(recipe, evidence)
     used = {alias: members[alias] for alias in giving if any(alias in models_of(layer) for layer in stack)}
     if recipe.base_model is None and donor not in used:  # no layer of the first model was kept
@@ -80,6 +82,37 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: S
             pending=tuple(_pending(stack)),
         ),
     )
+
+
+def _evidence(recipe: Recipe, giving: Mapping[str, Member], measure: Measure, run: Run | None) -> Evidence:
+    """What decides with this recipe. Raises RecipeError where it asks for losses that cannot be had."""
+    _check_searches(recipe, giving)
+    question = Question(_what_decides(recipe), partial(_contests, recipe, giving))
+    return Evidence(recipe, giving, measure, question, run, partial(_writable, recipe, giving))
+
+
+def _writable(recipe: Recipe, members: Mapping[str, Member], stack: Stack) -> bool:
+    """Whether the config of the first model of the stack can be made to describe it."""
+    donor = stack[0].model
+    try:
+        operate(members[donor].checkpoint.config_text, donor, members, stack, (), inexact=recipe.allow == "inexact")
+    except RefusedError:
+        return False
+    return True
+
+
+def _check_searches(recipe: Recipe, members: Mapping[str, Member]) -> None:
+    """Raise where a choice by loss cannot be made: no rule says how much text settles it, and ends are run as their model has them."""
+    steps = enumerate(recipe.steps)
+    named = [f"steps.{at}.{step.name}" for at, step in steps if step.operation.runs]  # type: ignore[attr-defined]
+    if named and isinstance(recipe.calibration.samples, Auto):
+        message = f"samples: auto cannot tell whether a choice by loss is settled ({named[0]})"
+        raise RecipeError(message, where=recipe.where("calibration", "samples"), hint="give a number of samples")
+    for checkpoint, stack in members.values() if named else ():
+        for name in checkpoint.tensors:
+            if stack.place(name) is None and any(factors(groups, name) for groups in end_scalings(recipe)):
+                message = f"{name} is outside the layers and scaled: what stacks lose with that is not known ({named[0]})"
+                raise RecipeError(message, where=recipe.where("parameters"), hint="choose by distance, or scale tensors of layers only")
 
 
 def _lay_out(recipe: Recipe, used: Mapping[str, Member], stack: Stack, ends: Ends, sharing: Sharing | None) -> tuple[Layout, list[str]]:

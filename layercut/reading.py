@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 from layercut.calibration import Calibration, MixCalibration, described, sources
 from layercut.documents import Tally, passages
 from layercut.encoding import SharedTokenizer
+from layercut.errors import CalibrationError
 from layercut.mixing import shares, turns
 from layercut.sampling import samples, shuffled
 
@@ -78,20 +80,23 @@ class Reading(NamedTuple):
         return "added" if all(start) else f"in {sum(start)} of {len(start)} samples" if any(start) else "not added"
 
 
-def read(calibration: Calibration, tokenizer: SharedTokenizer, completions: bool = False) -> Reading:
+def read(calibration: Calibration, tokenizer: SharedTokenizer, completions: bool = False, held_out: bool = False) -> Reading:
     """The samples: of each source its share, in turns. A source that ends too soon gives fewer, and no other fills in for it.
 
-    With `completions` it is found out which tokens the assistant wrote. Raises CalibrationError when a source that was asked for samples
-    has none.
+    `held_out` gives as many others, none of which is among the first: of the built-in text its other part, of other sources those that
+    follow. With `completions` it is found out which tokens the assistant wrote. Raises CalibrationError when a source that was asked for
+    samples has none.
     """
     parts = sources(calibration)
     mixed = isinstance(calibration, MixCalibration)
     tallies = [Tally(part.title) if mixed else Tally() for part in parts]
     wanted = shares([getattr(part, "weight", 1) for part in parts], calibration.most)
     found = [
-        shuffled(samples(passages(part, tally=tally), tokenizer, calibration, tally, completions), calibration.seed)
+        shuffled(samples(passages(part, held_out, tally), tokenizer, calibration, tally, completions), calibration.seed)
         for part, tally in zip(parts, tallies, strict=True)
     ]
+    passed = [count if held_out and part.source != "builtin" else 0 for part, count in zip(parts, wanted, strict=True)]
+    found = [itertools.islice(one, count, None) for one, count in zip(found, passed, strict=True)]
     text, owners = Text([], []), list[int]()
     for number in turns(wanted):
         sample = next(found[number], None)
@@ -101,5 +106,8 @@ def read(calibration: Calibration, tokenizer: SharedTokenizer, completions: bool
             owners.append(number)
     for number, tally in enumerate(tallies):
         if wanted[number] and number not in owners:
+            if passed[number]:
+                message = f"{tally.title} has no more than the {passed[number]} samples that layers are chosen on"
+                raise CalibrationError(f"{message}: none is left to compare choices on", hint="lower samples, or use more text")
             raise tally.nothing()
     return Reading(text, calibration, tokenizer, owners, tallies, wanted)

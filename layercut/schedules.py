@@ -40,7 +40,7 @@ def pick_schedule(
     `memory` is what the process may take on the device, in bytes; None for what is free there, of which each of `sharers`
     processes has its part. Raises CheckpointError and RefusedError as loading does.
     """
-    room, host = _rooms(device, memory, sharers)
+    room, host = rooms(device, memory, sharers)
     picked = pick_dtype(device, dtype)
     itemsize = None if picked == "auto" else picked.itemsize
     size = sum(whole_size(source.checkpoint, itemsize) for source in sources)
@@ -55,7 +55,7 @@ def pick_schedule(
     return Picked(streamed, f"streamed layer by layer: {text} and what running them takes are more than {limit}")
 
 
-def _rooms(device: torch.device, memory: int | None, sharers: int) -> tuple[Room, Room]:
+def rooms(device: torch.device, memory: int | None, sharers: int) -> tuple[Room, Room]:
     """What may be used on the device, and for states on the machine that it is in. Only a CUDA device has memory of its own."""
     free = room_of()
     free = free._replace(size=free.size // sharers)

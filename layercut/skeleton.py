@@ -1,8 +1,4 @@
-"""The skeleton: a model on the meta device, of which the layers are loaded one at a time and the rest only while it is needed.
-
-How the layers are called is not written down here for any architecture: the model's own forward runs over stand-ins for its
-layers, which note what they are called with and hand the state on. The real layers are then called with the same arguments.
-"""
+"""The skeleton: a model on the meta device, of which the layers are loaded one at a time and the rest only while it is needed."""
 
 from __future__ import annotations
 
@@ -14,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from layercut.checkpoint import Checkpoint
 from layercut.errors import CheckpointError, LayercutError, RefusedError, first_line
-from layercut.loading import check_complete, given, layers_of, named_class, own_code, quiet
-from layercut.standins import FORMS, Call, Recording, Script, StandIn, Unreadable
+from layercut.loading import check_complete, layers_of, named_class, own_code, quiet
+from layercut.staged import Refusal, Staged
 from layercut.weights import Weights
 
 WHOLE = "hold it in memory as a whole: give more with --memory"
@@ -38,7 +34,10 @@ class Single(nn.ModuleList):
         return iter([self.__dict__["there"]])
 
 
-class Skeleton:
+REFUSAL = Refusal("this model cannot be streamed layer by layer", WHOLE)
+
+
+class Skeleton(Staged):
     """A model of which everything is on the meta device but what is loaded for a while."""
 
     def __init__(
@@ -55,17 +54,11 @@ class Skeleton:
 
         Raises CheckpointError when transformers does not know the model.
         """
-        self.folder = checkpoint.folder
+        model = _on_meta(checkpoint, dtype, kind)
+        super().__init__(model, layers_of(model, depth, prefix), checkpoint.folder, REFUSAL)
         self.device, self.dtype, self._weights = device, dtype, weights
-        self.model = _on_meta(checkpoint, dtype, kind)
-        stack = layers_of(self.model, depth, prefix)
-        self.layers = list(stack)
-        self._path = next(name for name, module in self.model.named_modules() if module is stack).split(".")
+        self._path = next(name for name, module in model.named_modules() if module is self._stack).split(".")
         self._names, self._rest = _split(checkpoint, prefix, depth)
-        for index, layer in enumerate(self.layers):
-            stack[index] = StandIn(layer, Script([], FORMS[0]))
-        self._stack = stack
-        self._form = 0
         self._ties = self._tied()
 
     @property
@@ -123,46 +116,6 @@ class Skeleton:
         """Start to read the weights of a layer, if there is one of that number."""
         if index < len(self.layers):
             self._weights.fetch(self._names[index])
-
-    def record(self, ids: Tensor, mask: Tensor | None) -> Recording:
-        """Run the model's forward over stand-ins; within `rest`. Raises RefusedError when that cannot tell how its layers are called."""
-        script, _ = self._play(ids, mask, None)
-        assert script.state is not None
-        return Recording(script.state, script.calls)
-
-    def finish(self, ids: Tensor, mask: Tensor | None, last: Tensor) -> Any:
-        """What the model makes of the state that leaves its last layer; within `rest`."""
-        return self._play(ids, mask, last)[1]
-
-    def output(self, call: Call, layer: nn.Module, state: Tensor) -> Tensor:
-        """The state that a layer makes of one."""
-        output = call.on(layer, state)
-        output = output[0] if isinstance(output, tuple | list) else output
-        if not isinstance(output, Tensor) or output.shape != state.shape:
-            message = f"a layer of this model ({type(layer).__name__}) returns no state of the shape that it was given"
-            raise RefusedError(message, where=self.folder, hint="it cannot be measured")
-        return output
-
-    def _play(self, ids: Tensor, mask: Tensor | None, last: Tensor | None) -> tuple[Script, Any]:
-        furthest, reason = (-1, False), ""
-        for form in range(self._form, len(FORMS)):
-            script = Script(self.layers, FORMS[form], last)
-            for stand_in in self._stack:
-                stand_in.__dict__["script"] = script
-            try:
-                with quiet(), torch.inference_mode():
-                    output = self.model(**given(self.model, ids, mask))
-                script.check_all_ran()
-            except (torch.OutOfMemoryError, LayercutError):
-                raise
-            except Exception as error:  # whatever a model does with a return value of another form
-                came = len(script.calls), isinstance(error, Unreadable)
-                if came > furthest:
-                    furthest, reason = came, first_line(error)
-                continue
-            self._form = form
-            return script, output
-        raise RefusedError(f"this model cannot be streamed layer by layer: {reason}", where=self.folder, hint=WHOLE)
 
     def _tied(self) -> set[str]:
         """Names of weights that stand under another name in the file, if the model says so."""

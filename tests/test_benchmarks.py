@@ -34,6 +34,7 @@ import parity_cases as cases  # noqa: E402
 import parity_rules as rules  # noqa: E402
 import real_models  # noqa: E402
 import settling as looking  # noqa: E402
+import strategies as choosing  # noqa: E402
 
 Tensors = Mapping[str, torch.Tensor]
 CASE = cases.Case("x", "llama", "slices: []\n")
@@ -510,3 +511,24 @@ def test_real_models_are_compared_with_their_layers_skipped(tiny: Callable[..., 
     page = real_models.document(rows)
     assert page.count("\n| model") == 1 and page.count("layer 6") == 1
     assert not (tmp_path / "build" / "cut").exists()
+
+
+def test_strategies_are_compared(tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["--model", str(tiny("llama")), "--counts", "1", "2", "--samples", "3", "--length", "24", "--judged", "5"]
+    assert choosing.main([*wanted, "--report", str(tmp_path / "p.md")]) == 0
+    page = (tmp_path / "p.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == page + "\n"
+    names = re.findall(r"^\| `(\w+)` \| [0-9 -]+ \| \**[0-9.,]+\** \| \**[0-9.]+\** \|$", page, re.MULTILINE)
+    assert names == 2 * ["block", "blocks", "rank", "deepest", "loss", "greedy", "evolve", "best"]
+    assert "all are judged on 5 more" in page and page.count("## ") == 2
+
+
+def test_a_best_that_is_not_best_fails_the_benchmark() -> None:
+    def of(name: str, mean: float, *tried: float) -> Any:
+        one = [choosing.Attempt(name, (), choosing.Loss((value,), (1,))) for value in tried]
+        return choosing.Outcome(name, (), choosing.Loss((mean,), (1,)), choosing.Loss((mean,), (1,)), tuple(one))
+
+    evolve = of("evolve", 2.0, 3.0, 2.0)
+    assert choosing.sound([of("block", 3.0), evolve, of("best", 2.0)])
+    assert not choosing.sound([of("block", 3.0), evolve, of("best", 2.5)])
+    assert not choosing.sound([of("block", 3.0), of("evolve", 2.0, 2.0, 3.0), of("best", 2.0)])

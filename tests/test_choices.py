@@ -12,13 +12,14 @@ from conftest import write_checkpoint
 from layercut.architecture import Member, find_stack
 from layercut.checkpoint import Checkpoint, open_checkpoint
 from layercut.choices import Evidence, StepSite
-from layercut.errors import RecipeError
+from layercut.errors import LayercutError, RecipeError
 from layercut.metrics import Angular, Cosine
 from layercut.operations import Wish
-from layercut.plan import Candidate, Choice, Measurement, Plan, Table, TensorMade
+from layercut.plan import Candidate, Choice, Measurement, Plan, Table, TensorMade, Trial
 from layercut.planner import build_plan
 from layercut.recipe import Recipe, parse_recipe
 from layercut.stack import Block, LayerRef, Stack
+from layercut.trials import Loss
 from layercut.yamltext import YamlText
 
 DEPTH = 6
@@ -383,3 +384,161 @@ def test_a_choice_of_blocks_can_be_asked_for_directly(model: Checkpoint) -> None
     wish = Wish("repeat", stack, lambda blocks: stack, {"layers": 6}, "block", None, frozenset())
     assert StepSite(evidence, ("steps", 3, "duplicate")).choose(wish) == (Block(0, 6),)
     assert evidence.choices[0].where == "steps.3.duplicate"
+
+
+# Losses
+
+
+class Running:
+    """Losses by which layers are missing, on either text; counts what is asked."""
+
+    def __init__(self, *costs: float, held_out: Sequence[float] | None = None) -> None:
+        self.costs = {"calibration": costs, "held out": costs if held_out is None else held_out}
+        self.opened, self.asked, self.released = 0, 0, 0
+
+    def __call__(self, members: Mapping[str, Member], calibration: Any) -> Running:
+        self.opened += 1
+        return self
+
+    def losses(self, stacks: Sequence[Stack], part: str = "calibration", share: float = 1.0) -> list[Loss]:
+        self.asked += len(stacks)
+        missing = [{*range(DEPTH)} - {layer.index for layer in stack} for stack in stacks]
+        return [Loss((4 + sum(self.costs[part][at] for at in sorted(gone)),), (1,)) for gone in missing]
+
+    def about(self) -> dict[str, Any]:
+        return {"unit": "nats a token"}
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def searched(model: Checkpoint, prune: str, run: Any, measure: Any = never, more: str = "") -> Plan:
+    recipe = parse_recipe(YamlText(f"model: m\n{more}steps:\n- prune: {{{prune}}}\n", "r.yaml"))
+    return build_plan(recipe, resolve=lambda _: model, measure=measure, run=run)
+
+
+def complaint(*arguments: Any, **more: Any) -> str:
+    with pytest.raises(LayercutError) as caught:
+        searched(*arguments, **more)
+    return str(caught.value)
+
+
+def kept(plan: Plan) -> list[int]:
+    return [layer.index for layer in plan.actions.layers]
+
+
+def test_a_choice_by_loss_measures_no_distance(model: Checkpoint) -> None:
+    run = Running(0.5, 0.1, 0.3, 0.2, 0.4, 0.6)
+    plan = searched(model, "layers: 2, strategy: loss", run)
+    assert kept(plan) == [0, 2, 4, 5] and plan.measurement is None and run.opened == 1
+    (choice,) = plan.choices
+    assert (choice.metric, choice.chosen, choice.candidates) == ("loss", "remove layers [1, 2) + [3, 4)", ())
+    assert choice.cost == pytest.approx(4.3) and choice.run_on == {"unit": "nats a token"}
+    assert [trial.name for trial in choice.trials] == ["as it is", *(f"layer {at}" for at in range(6))]
+    trial = choice.trials[2]
+    assert trial.increase == pytest.approx(0.025)
+    assert trial == Trial(name="layer 1", chosen="[1, 2)", loss=4.1, increase=trial.increase, stderr=0.0, text="calibration")
+    assert all(seam.distances == {} for seam in plan.seams)
+
+
+def test_protected_layers_stay(model: Checkpoint) -> None:
+    for strategy in ("loss", "greedy", "evolve"):
+        run = Running(0.0, 0.1, 0.3, 0.2, 0.4, 0.0)
+        assert kept(searched(model, f"layers: 2, strategy: {strategy}, protect: [0, -1]", run)) == [0, 2, 4, 5]
+
+
+def test_as_few_layers_as_bring_the_size_down(model: Checkpoint) -> None:
+    """Layer i has 2 i + 4 parameters, all have 120; numbers that cannot do are not tried."""
+    run = Running(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    plan = searched(model, f"params: {120 - 26}, strategy: greedy", run)
+    assert parameters(plan) <= 120 - 26 and kept(plan) == [4, 5]
+    assert run.asked == 2 + (6 + 5) + (6 + 5 + 4) + (6 + 5 + 4 + 3), "one layer is never enough"
+    run = Running(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    assert kept(searched(model, "params: 120, strategy: loss", run)) == [0, 1, 2, 3, 4, 5] and run.opened == 0
+
+
+def test_as_many_layers_as_are_near_enough_by_a_search(model: Checkpoint) -> None:
+    plan = searched(model, "max_distance: 0.9, strategy: loss", Running(0.5, 0.1, 0.3, 0.2, 0.4, 0.6), Meter(distances()))
+    assert plan.measurement is not None and plan.choices[0].metric == "loss"
+
+
+def test_best_compares_on_held_out_text_and_takes_the_best(model: Checkpoint) -> None:
+    run = Running(0.5, 0.1, 0.3, 0.2, 0.4, 0.6, held_out=(0.5, 0.4, 0.3, 0.4, 0.1, 0.2))
+    plan = searched(model, "layers: 1, strategy: best, candidates: [loss, deepest]", run, Meter(distances()))
+    assert kept(plan) == [0, 1, 2, 3, 5]
+    assert [(trial.name, trial.chosen, trial.text) for trial in plan.choices[0].trials] == [
+        ("as it is", "", "held out"),
+        ("loss", "[1, 2)", "held out"),
+        ("deepest", "[4, 5)", "held out"),
+    ]
+    assert plan.choices[0].cost == 4.1
+
+
+def test_the_most_layers_within_an_increase(model: Checkpoint) -> None:
+    """The curve on held-out text is 5 %, 2.5 %, 10 %, 15 %, 25 %: two layers, though one is too many."""
+    run = Running(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, held_out=(0.2, -0.1, 0.3, 0.2, 0.4, 0.5))
+    plan = searched(model, "max_loss_increase: 3%, strategy: greedy", run)
+    assert kept(plan) == [2, 3, 4, 5]
+    assert [round(trial.increase, 6) for trial in plan.choices[0].trials] == [0.0, 0.05, 0.025, 0.1, 0.15, 0.25]
+    assert kept(searched(model, "max_loss_increase: 10%, strategy: loss", run)) == [3, 4, 5]
+    assert kept(searched(model, "max_loss_increase: 1000%, strategy: blocks", run, Meter(distances()))) != []
+
+
+def test_an_increase_that_no_layer_keeps(model: Checkpoint) -> None:
+    run = Running(0.4, 0.8, 0.4, 0.4, 0.4, 0.4)
+    message = "r.yaml:3:30: no layer of 6 can be removed within a loss increase of 5%; the least is 10.00%, of 1 layer"
+    assert complaint(model, "max_loss_increase: 5%, strategy: loss", run) == message
+    message = complaint(model, "max_loss_increase: 5%, strategy: loss, protect: '0-5'", run)
+    assert message == "r.yaml:3:30: no layer of 6, 6 of them protected can be removed within a loss increase of 5%"
+
+
+@pytest.mark.parametrize("value", ["5", "0.05", "true", "-5%", "five"])
+def test_increases_that_are_none(model: Checkpoint, value: str) -> None:
+    assert "expected a percentage such as 5%" in complaint(model, f"max_loss_increase: {value}", Running())
+
+
+def test_candidates_go_with_best(model: Checkpoint) -> None:
+    assert "'candidates' goes with strategy best" in complaint(model, "layers: 1, strategy: loss, candidates: [block]", Running())
+    assert "candidates" in complaint(model, "layers: 1, strategy: best, candidates: [best]", Running())
+    assert "expected at least one entry" in complaint(model, "layers: 1, strategy: best, candidates: []", Running())
+
+
+def test_too_many_layers_for_a_search(model: Checkpoint) -> None:
+    run = Running()
+    assert complaint(model, "layers: 6, strategy: greedy", run) == "r.yaml:3:19: cannot remove 6 of 6 layers; at most 5"
+    assert run.opened == 0
+
+
+def test_layers_are_repeated_by_loss(model: Checkpoint) -> None:
+    """The fake sees what is missing only: nothing is, so the first layers are as good as any."""
+    recipe = parse_recipe(YamlText("model: m\nsteps:\n- duplicate: {layers: 2, strategy: loss}\n", "r.yaml"))
+    plan = build_plan(recipe, resolve=lambda _: model, measure=never, run=Running(*[1.0] * 6))
+    assert kept(plan) == [0, 0, 1, 1, 2, 3, 4, 5] and plan.choices[0].chosen == "repeat layers [0, 1) + [1, 2)"
+
+
+def test_a_distance_after_a_loss_gives_memory_back_first(model: Checkpoint) -> None:
+    run = Running(0.5, 0.1, 0.3, 0.2, 0.4, 0.6)
+    plan = searched(model, "layers: 1, strategy: loss}\n- prune: {layers: 1", run, Meter(distances()))
+    assert run.released == 1 and [choice.metric for choice in plan.choices] == ["loss", "angular[last]"]
+
+
+def test_losses_settle_nothing(model: Checkpoint) -> None:
+    text = "calibration: {source: builtin, samples: auto}\n"
+    for prune in ("layers: 1, strategy: loss", "layers: 1, strategy: best", "max_loss_increase: 5%"):
+        message = complaint(model, prune, Running(), more=text)
+        assert message == (
+            "r.yaml:2:41: samples: auto cannot tell whether a choice by loss is settled (steps.0.prune); give a number of samples"
+        )
+
+
+def test_ends_that_are_scaled_are_not_run(model: Checkpoint) -> None:
+    scaled = "parameters: {scale: [{filter: lm_head, value: 0.5}]}\n"
+    message = complaint(model, "layers: 1, strategy: loss", Running(), more=scaled)
+    what = "lm_head.weight is outside the layers and scaled: what stacks lose with that is not known (steps.0.prune)"
+    assert message == f"r.yaml:2:13: {what}; choose by distance, or scale tensors of layers only"
+    of_layers = "parameters: {scale: [{filter: o_proj, value: 0.5}]}\n"
+    assert kept(searched(model, "layers: 1, strategy: loss", Running(0.5, 0.1, 0.3, 0.2, 0.4, 0.6), more=of_layers)) == [0, 2, 3, 4, 5]
+
+
+def test_a_planner_that_cannot_run_anything_says_so(model: Checkpoint) -> None:
+    assert complaint(model, "layers: 1, strategy: loss", None) == "nothing is given that stacks could be run with; choose by distance"

@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 import yaml
 from conftest import byte_tensors, chat_tokenizer, write_checkpoint
-from test_gallery import measuring
+from test_gallery import Losing, measuring
 
 from layercut.checkpoint import open_checkpoint
 from layercut.cli import cli, main
@@ -57,7 +57,7 @@ RESULTS: dict[str, list[int] | int] = {
     "zero-attention": [*range(30)],
 }
 # Planned and executed in test_gallery.py: what they make depends on a size or on a distance, or they need another depth.
-ELSEWHERE = ("budget-distance", "budget-parameters", "budget-size", "two-models")
+ELSEWHERE = ("budget-distance", "budget-parameters", "budget-size", "search-by-loss", "two-models")
 
 
 def generator() -> types.ModuleType:
@@ -259,13 +259,14 @@ def test_yaml_block_is_a_recipe(block: Block, validator: jsonschema.Draft202012V
     recipe = parse_recipe(YamlText(text, str(block)))
     validator.validate(yaml.safe_load(text))
     close = measuring(lambda a, i, b, j: abs(i - j) / 100)
+    near = Losing(lambda gone: 3 + len(gone) / 100)
     zeros = {name: ("F32", (2, 8), bytes(64)) for name in byte_tensors(30)}
     model = write_checkpoint(tmp_path / "model", zeros, {"model_type": "llama", "num_hidden_layers": 30, "vocab_size": 2})
     for number, step in enumerate(data.get("steps", [])):  # the lines of an example are alternatives: each is planned by itself
         single = parse_recipe(YamlText(json.dumps({"model": "org/name", "steps": [step]}), f"{block} step {number}"))
-        assert build_plan(single, resolve=lambda _: open_checkpoint(model), measure=close).actions.layers
+        assert build_plan(single, resolve=lambda _: open_checkpoint(model), measure=close, run=near).actions.layers
     if "steps" not in data:
-        assert build_plan(recipe, resolve=lambda _: open_checkpoint(model), measure=close).actions.layers
+        assert build_plan(recipe, resolve=lambda _: open_checkpoint(model), measure=close, run=near).actions.layers
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)

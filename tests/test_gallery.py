@@ -32,6 +32,7 @@ from layercut.plan import Measurement, Plan, Table, TensorMade
 from layercut.planner import build_plan
 from layercut.recipe import Recipe, load_recipe, parse_recipe
 from layercut.report import read_report
+from layercut.trials import Loss
 from layercut.yamltext import YamlText
 
 if sys.version_info >= (3, 11):
@@ -171,6 +172,10 @@ CHOSEN: Mapping[str, tuple[int, Mapping[tuple[int, int], float], Order]] = {
     "repeat-chosen": (36, {(14, 20): 0.01, (0, 6): 0.001}, cut(SMOLLM2, (0, 20), (14, 30))),
     "up-scale-overlap": (40, {(12, 22): 0.01, (15, 25): 0.02}, cut(SMOLLM2, (0, 22), (12, 30))),
 }
+# Recipes that run stacks: the layers that come out, layers without which nothing is lost, and those that stay.
+SEARCHED: Mapping[str, tuple[int, frozenset[int], Order]] = {
+    "search-by-loss": (24, frozenset({0, 3, 8, 9, 14, 20, 25}), cut(SMOLLM2, (0, 3), (4, 8), (10, 14), (15, 20), (21, 25), (26, 30))),
+}
 GALLERY = {one.name: one for one in starters()}
 
 
@@ -276,6 +281,27 @@ def measuring(distance: Distance) -> Callable[..., Measurement]:
     return measure
 
 
+class Losing:
+    """Losses by which layers are missing, on any text (`trials.Losses`)."""
+
+    def __init__(self, loss_of: Callable[[frozenset[int]], float]) -> None:
+        self._loss_of = loss_of
+
+    def __call__(self, members: Mapping[str, Member], calibration: Any) -> Losing:
+        self._depth = next(iter(members.values())).stack.depth
+        return self
+
+    def losses(self, stacks: Sequence[Any], part: str = "calibration", share: float = 1.0) -> list[Loss]:
+        missing = [frozenset(range(self._depth)) - {layer.index for layer in stack} for stack in stacks]
+        return [Loss((10 * self._loss_of(gone),) * 2, (10, 10)) for gone in missing]
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+    def release(self) -> None:
+        pass
+
+
 def near(pairs: Mapping[tuple[int, int], float]) -> Callable[..., Measurement]:
     """All boundaries are far from each other, but for some pairs."""
     return measuring(lambda a, i, b, j: 0.0 if i == j else pairs.get((min(i, j), max(i, j)), 0.4 + abs(i - j) / 1000))
@@ -289,7 +315,7 @@ def path_of(name: str) -> Path:
 
 
 def test_every_recipe_has_a_result() -> None:
-    assert sorted(GALLERY) == sorted([*STATIC, *CHOSEN, "two-models"])
+    assert sorted(GALLERY) == sorted([*STATIC, *CHOSEN, *SEARCHED, "two-models"])
     assert sorted(path.stem for path in RECIPES.rglob("*.yaml")) == sorted(GALLERY), "names are unique, folders or not"
     assert {name for name, one in GALLERY.items() if one.group == "published"} == set(PUBLISHED)
     assert {one.group for one in GALLERY.values()} == {"", "published"}
@@ -342,7 +368,7 @@ def test_head(name: str) -> None:
     assert all(line.startswith("#") for line in head)
     assert [line.split(":")[0] for line in head if re.match(r"# [A-Z]\w+:  ", line)] == ["# Needs", "# Run", "# Expect"]
     assert f"# Run:     layercut run {path.relative_to(ROOT).as_posix()}" in head
-    depth = (STATIC.get(name) or CHOSEN.get(name) or (30,))[0]
+    depth = (STATIC.get(name) or CHOSEN.get(name) or SEARCHED.get(name) or (30,))[0]
     if name != "budget-distance":
         assert re.search(rf"\b{depth}\b", " ".join(head).partition("Expect:")[2])
 
@@ -458,6 +484,16 @@ def test_chosen_recipe_takes_what_is_near(name: str, hub: Resolve) -> None:
     assert [(layer.model, layer.index) for layer in plan.actions.layers] == expanded(order)
     assert len(plan.actions.layers) == depth
     assert plan.choices and plan.measurement is not None
+
+
+@pytest.mark.parametrize("name", sorted(SEARCHED))
+def test_searching_recipe_takes_what_is_not_missed(name: str, hub: Resolve) -> None:
+    depth, free, order = SEARCHED[name]
+    run = Losing(lambda gone: 3 + len(gone - free) / 10)
+    plan = build_plan(load_recipe(path_of(name)), resolve=hub, measure=near({(10, 16): 0.01}), run=run)
+    assert [(layer.model, layer.index) for layer in plan.actions.layers] == expanded(order)
+    assert len(plan.actions.layers) == depth and plan.choices[0].cost == 3.0
+    assert [trial.name for trial in plan.choices[0].trials] == ["as it is", "block", "blocks", "rank", "loss", "greedy"]
 
 
 def test_two_models_hand_over_where_their_states_are_near(hub: Resolve) -> None:

@@ -294,11 +294,22 @@ def test_a_map_stands_in_only_for_layers_that_lead_on() -> None:
     assert refusal(lambda: make("replace", layers=2, **LINEAR).apply(two, Site(Block(1, 3)))) == f"layers: {message}"
 
 
+EITHER = "takes either one of layers, params, size, max_distance, max_loss_increase (how many) or 'at' (which)"
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("prune", {"layers": 1, "at": 2}, "takes either one of layers, params, size, max_distance (how many) or 'at' (which)"),
-        ("prune", {"layers": 1, "size": "1GB"}, "takes either one of layers, params, size, max_distance (how many) or 'at' (which)"),
+        (
+            "prune",
+            {"layers": 1, "at": 2},
+            EITHER,
+        ),
+        (
+            "prune",
+            {"layers": 1, "size": "1GB"},
+            EITHER,
+        ),
         ("duplicate", {}, "takes either 'layers' (how many) or 'at' (which)"),
         ("replace", LINEAR, "takes either 'layers' (how many) or 'at' (which)"),
         ("prune", {"at": 2, "strategy": "rank"}, "with 'at' nothing is chosen: strategy, metric and protect go with a budget"),

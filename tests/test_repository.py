@@ -54,8 +54,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("companions", "metric", "rows"),
     ("documents", "mirror", "samplewise", "tokenwise"),
     ("hubreader", "metrics", "sampling"),
-    ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "stated", "strategies"),
-    ("accounts", "anatomy", "chats"),
+    ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "stated", "strategies", "trials"),
+    ("accounts", "anatomy", "chats", "searches"),
     (
         "architecture", "blockscores", "gguf", "measurements", "memory", "mergekit", "naming", "operations", "pickled", "rules",
         "seams", "settling", "shards", "spill", "upload",
@@ -68,13 +68,14 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("choices",),
     ("planner",),
     ("loading",),
-    ("draw", "encoding", "perplexity", "runner", "skeleton", "sums"),
-    ("reading",),
+    ("draw", "encoding", "perplexity", "runner", "staged", "sums"),
+    ("players", "reading", "skeleton"),
     ("accumulators", "arguments"),
     ("resident",),
     ("streaming",),
     ("ranks", "schedules"),
     ("engine",),
+    ("losses",),
     ("gathering",),
     ("arithmetic", "report", "staging"),
     ("analysis",),
@@ -90,8 +91,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 # Modules that import torch when they are imported; the others reach for them inside functions.
 MEASURING = (
-    "accumulators", "arguments", "draw", "encoding", "engine", "loading", "perplexity", "reading", "resident", "runner", "schedules",
-    "skeleton", "spill", "standins", "streaming", "sums", "weights",
+    "accumulators", "arguments", "draw", "encoding", "engine", "loading", "losses", "perplexity", "players", "reading", "resident",
+    "runner", "schedules", "skeleton", "spill", "staged", "standins", "streaming", "sums", "weights",
 )  # fmt: skip
 # Tests of the whole, which have no module of their own.
 OF_THE_WHOLE = (

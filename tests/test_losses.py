@@ -1,0 +1,637 @@
+"""Losses of stacks against models that layercut cut and transformers loads; on text that is shared, held out, kept, or split over ranks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import zoo
+from conftest import byte_tokenizer, tiny_config
+from test_ranks import Group, group  # noqa: F401 - a fixture
+
+from layercut.api import plan_recipe, run_recipe
+from layercut.architecture import find_stack
+from layercut.calibration import BuiltinCalibration, Calibration, TextCalibration
+from layercut.card import make_card
+from layercut.checkpoint import open_checkpoint
+from layercut.cli import main
+from layercut.disclosure import disclosed
+from layercut.encoding import SharedTokenizer
+from layercut.errors import CalibrationError, CheckpointError, LayercutError, RecipeError, RefusedError
+from layercut.loading import load_tokenizer
+from layercut.losses import Meter, Node, Order
+from layercut.plan import Plan
+from layercut.players import Player
+from layercut.reading import read
+from layercut.recipe import parse_recipe
+from layercut.report import read_report
+from layercut.scalings import literal
+from layercut.stack import LayerRef, Scaling, Share, Stack
+from layercut.trials import Loss
+from layercut.yamltext import YamlText
+
+Tiny = Callable[..., Path]
+TEXT = BuiltinCalibration(samples=5, max_length=24, batch_size=2)
+DOCUMENTS = [
+    f"{word} and the rest of document {number}"[: 12 + 3 * number] for number, word in enumerate(["ten", "words", "or", "a", "few"] * 2)
+]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny models of the families that are not in conftest, saved once."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("odd") / kind
+            zoo.tiny_model(kind, "causal").save_pretrained(made[kind])
+            byte_tokenizer().save_pretrained(made[kind])
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "t.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS), encoding="utf-8")
+    return path
+
+
+def meter(calibration: Calibration = TEXT, *folders: Path, **options: Any) -> Meter:
+    models = {"m" if at == 0 else f"m{at}": open_checkpoint(folder) for at, folder in enumerate(folders)}
+    stacks = {alias: find_stack(model) for alias, model in models.items()}
+    depths = {alias: stack.depth for alias, stack in stacks.items()}
+    prefixes = {alias: stack.prefix for alias, stack in stacks.items()}
+    return Meter(models, calibration, depths=depths, prefixes=prefixes, progress=False, **options)
+
+
+def layers(*indices: int, model: str = "m") -> Stack:
+    return tuple(LayerRef(model=model, index=index) for index in indices)
+
+
+def removed(depth: int, *gone: int) -> Stack:
+    return layers(*(index for index in range(depth) if index not in gone))
+
+
+def by_transformers(folder: Path, text: Sequence[Sequence[int]]) -> list[float]:
+    """Sums of the loss over every sample, one at a time, as `labels=` has it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return [
+            float(model(input_ids=(ids := torch.tensor([list(sample)])), labels=ids, use_cache=False).loss) * (len(sample) - 1)
+            for sample in text
+        ]
+
+
+def written(folder: Path, steps: str, out: Path) -> Path:
+    run_recipe(parse_recipe(YamlText(f"model: {folder}\nsteps:\n{steps}", "r.yaml")), out=out, progress=False)
+    return out
+
+
+def text_of(folder: Path, calibration: Calibration = TEXT, held_out: bool = False) -> list[list[int]]:
+    tokenizer = SharedTokenizer({"m": load_tokenizer(folder)}, calibration.bos)
+    return [ids.tolist() for ids in read(calibration, tokenizer, held_out=held_out).text.ids]
+
+
+# Against models that were cut and loaded
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma3_text", "mixtral", "mamba", "jamba"])
+def test_a_stack_loses_what_the_cut_model_loses(tiny: Tiny, odd: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    folder = tiny(kind) if kind in ("llama", "qwen3", "gpt2", "gemma3_text") else odd(kind)
+    depth = find_stack(open_checkpoint(folder)).depth
+    cuts = [(at, at + 1) for at in range(depth - 1)] if kind == "jamba" else [(0,), (2,), (depth - 1,), (1, 2, 3)]
+    whole, *found = meter(TEXT, folder).losses([removed(depth), *(removed(depth, *cut) for cut in cuts)])
+    text, compared = text_of(folder), 0
+    assert whole.counts == tuple(len(ids) - 1 for ids in text)
+    assert whole.sums == pytest.approx(by_transformers(folder, text), rel=1e-5)
+    for cut, loss in zip(cuts, found, strict=True):
+        try:
+            out = written(folder, f"- prune: {{at: {list(cut)}}}", tmp_path / "-".join(map(str, cut)))
+        except RefusedError:  # a cut that breaks the pattern of a hybrid
+            continue
+        assert loss.sums == pytest.approx(by_transformers(out, text), rel=1e-5), cut
+        compared += 1
+    assert compared >= (2 if kind == "jamba" else 4)
+    assert len({loss.mean for loss in (whole, *found)}) == len(found) + 1
+
+
+def test_samples_of_different_lengths_do_not_disturb_each_other(tiny: Tiny, documents: Path) -> None:
+    calibration = TextCalibration(source="text", path=str(documents), samples=10, max_length=24, batch_size=4)
+    text = text_of(tiny("qwen3"), calibration)
+    assert len({len(ids) for ids in text}) > 3
+    (loss,) = meter(calibration, tiny("qwen3")).losses([removed(6)])
+    assert loss.sums == pytest.approx(by_transformers(tiny("qwen3"), text), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "stack"),
+    [
+        ('- duplicate: {at: "1-2"}', layers(0, 1, 2, 1, 2, 3, 4, 5)),
+        ("- reorder: {to: [0, 2, 1, 3, 4, 5]}", layers(0, 2, 1, 3, 4, 5)),
+        ("- expand: {every: 3}", removed(6)),
+        (
+            "- merge: {at: [2, 3], weights: [3, 1]}",
+            (
+                *layers(0, 1),
+                LayerRef(
+                    model="m", index=2, span=2, shares=(Share(model="m", index=2, weight=0.75), Share(model="m", index=3, weight=0.25))
+                ),
+                *layers(4, 5),
+            ),
+        ),
+        (
+            '- scale: {at: 4, tensors: "*down_proj.weight", by: 0.5}\n- prune: {at: 1}',
+            (*layers(0, 2, 3), LayerRef(model="m", index=4, scalings=((Scaling(tensors="*down_proj.weight", by=0.5),),)), *layers(5)),
+        ),
+    ],
+)
+def test_stacks_of_every_operation_lose_what_they_lose_when_written(tiny: Tiny, tmp_path: Path, steps: str, stack: Stack) -> None:
+    (loss,) = meter(TEXT, tiny("llama", dtype="bfloat16")).losses([stack])
+    out = written(tiny("llama", dtype="bfloat16"), steps, tmp_path / "out")
+    assert loss.sums == pytest.approx(by_transformers(out, text_of(out)), rel=1e-5)
+
+
+def test_layers_that_add_nothing_are_left_out(tiny: Tiny) -> None:
+    zeros = LayerRef(model="m", index=3, identity=True, scalings=((Scaling(tensors=literal("x"), by=0),),))
+    assert Order.of((*layers(0, 1), zeros, *layers(2))) == Order.of(layers(0, 1, 2))
+
+
+def test_a_stack_of_two_models(tiny: Tiny, tmp_path: Path) -> None:
+    """Embeddings of the one, head of the other."""
+    a, b = tiny("llama"), tiny("llama", seed=1)
+    one, other = layers(0, 1, 2), layers(3, 4, 5, model="m1")
+    crossed, back = meter(TEXT, a, b).losses([one + other, layers(0, 1, model="m1") + layers(2, 3, 4, 5)])
+    recipe = f"""
+models: {{a: {a}, b: {b}}}
+slices:
+- {{model: a, layer_range: [0, 3]}}
+- {{model: b, layer_range: [3, 6]}}
+"""
+    run_recipe(parse_recipe(YamlText(recipe, "r.yaml")), out=tmp_path / "out", progress=False)
+    assert crossed.sums == pytest.approx(by_transformers(tmp_path / "out", text_of(a)), rel=1e-5)
+    assert abs(back.mean - crossed.mean) > 1e-4
+
+
+# Layers that are identities are found
+
+
+def taught(folder: Path, kind: str, silent: Sequence[int]) -> Path:
+    """A model that was trained for a moment, so that its layers help, but for some that add exactly nothing."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(kind, 6))
+    byte_tokenizer().save_pretrained(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+            if any(f".{at}." in name for at in silent) and any(part in name for part in ("o_proj", "down_proj", "c_proj")):
+                parameter.zero_()
+                parameter.requires_grad_(False)
+    model.save_pretrained(folder)  # the tokenizer alone is no checkpoint
+    text = torch.tensor(text_of(folder, BuiltinCalibration(samples=64, max_length=24)))
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.01)
+    for step in range(40):
+        ids = text[step % 4 :: 4]
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def able(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model all of whose layers help."""
+    return taught(tmp_path_factory.mktemp("able"), "llama", [])
+
+
+@pytest.fixture(scope="module")
+def gaps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which layers 1, 3 and 4 add nothing."""
+    return taught(tmp_path_factory.mktemp("gaps"), "llama", [1, 3, 4])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_planted_identities_go_under_every_strategy(tmp_path: Path, gaps: Path, kind: str) -> None:
+    folder = gaps if kind == "llama" else taught(tmp_path, kind, [1, 3, 4])
+    for strategy in ("loss", "greedy", "evolve", "best"):
+        plan = planned(folder, f"layers: 3, strategy: {strategy}")
+        assert plan.choices[0].chosen == "remove layers [1, 2) + [3, 5)", strategy
+        (start,) = meter(TEXT, folder).losses([removed(6)], "held out" if strategy == "best" else "calibration")
+        assert plan.choices[0].cost == start.mean
+
+
+def planned(
+    folder: Path, prune: str, more: str = "", calibration: str = "source: builtin, samples: 5, max_length: 24, batch_size: 2"
+) -> Plan:
+    recipe = f"model: {folder}\n{more}calibration: {{{calibration}}}\nsteps:\n- prune: {{{prune}}}\n"
+    return plan_recipe(parse_recipe(YamlText(recipe, "r.yaml")), progress=False)
+
+
+def test_searches_on_a_real_model_against_all_sets(able: Path) -> None:
+    folder, found = able, meter(TEXT, able)
+    sets = list(itertools.combinations(range(6), 3))
+    losses = dict(zip(sets, (loss.mean for loss in found.losses([removed(6, *gone) for gone in sets])), strict=True))
+    best = min(sets, key=lambda gone: losses[gone])
+
+    def gone(strategy: str) -> tuple[int, ...]:
+        kept = {layer.index for layer in planned(folder, f"layers: 3, strategy: {strategy}").actions.layers}
+        return tuple(index for index in range(6) if index not in kept)
+
+    assert gone("evolve") == best
+    step: list[int] = []
+    for _ in range(3):
+        free = [at for at in range(6) if at not in step]
+        means = [loss.mean for loss in found.losses([removed(6, *step, at) for at in free])]
+        step.append(free[means.index(min(means))])
+    assert gone("greedy") == tuple(sorted(step))
+    alone = [loss.mean for loss in found.losses([removed(6, at) for at in range(6)])]
+    assert gone("loss") == tuple(sorted(sorted(range(6), key=alone.__getitem__)[:3]))
+
+
+def test_best_is_the_least_of_its_candidates_on_held_out_text(able: Path) -> None:
+    choice = planned(able, "layers: 2, strategy: best, candidates: [block, blocks, rank, deepest, loss, greedy, evolve]").choices[0]
+    base, *trials = choice.trials
+    assert (base.name, base.increase, base.chosen) == ("as it is", 0.0, "")
+    assert [trial.name for trial in trials] == ["block", "blocks", "rank", "deepest", "loss", "greedy", "evolve"]
+    best = min(trials, key=lambda trial: trial.loss)
+    assert choice.chosen == f"remove layers {best.chosen}" and choice.cost == best.loss and choice.metric == "loss"
+    source = meter(TEXT, able)
+    for trial in trials:
+        gone = [at for part in trial.chosen.split(" + ") for at in range(*json.loads(part.replace(")", "]")))]
+        (own,) = source.losses([removed(6, *gone)], "held out")
+        assert trial.loss == pytest.approx(own.mean, rel=1e-12) and trial.text == "held out"
+        assert trial.increase == pytest.approx(own.mean / base.loss - 1, abs=1e-12)
+
+
+def test_a_later_step_sees_the_stack_of_the_earlier_ones(gaps: Path) -> None:
+    """Of layers 1, 3 and 4 the first goes first; one that is scaled still adds nothing."""
+    recipe = f"""
+model: {gaps}
+calibration: {{source: builtin, samples: 5, max_length: 24}}
+steps:
+- reorder: {{to: [5, 4, 3, 2, 1, 0]}}
+- reorder: {{to: [5, 4, 3, 2, 1, 0]}}
+- prune: {{layers: 1, strategy: loss}}
+- scale: {{at: 1, tensors: "*up_proj.weight", by: 0.5}}
+- prune: {{layers: 2, strategy: greedy}}
+"""
+    plan = plan_recipe(parse_recipe(YamlText(recipe, "r.yaml")), progress=False)
+    assert [layer.index for layer in plan.actions.layers] == [0, 2, 5]
+    assert [choice.where for choice in plan.choices] == ["steps.2.prune", "steps.4.prune"]
+    before, after = (choice.trials[0] for choice in plan.choices)
+    assert before.name == after.name == "as it is" and before.loss != after.loss
+
+
+# The budget
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "block", "loss"])
+def test_as_many_layers_go_as_keep_the_loss(gaps: Path, strategy: str) -> None:
+    found, sizes = meter(TEXT, gaps), []
+    for limit in ("0.001%", "8%", "200%"):
+        plan = planned(gaps, f"max_loss_increase: {limit}, strategy: {strategy}")
+        base, *curve = plan.choices[0].trials
+        assert [trial.name for trial in curve] == ["1 layer", *(f"{n} layers" for n in range(2, 6))]
+        assert {trial.text for trial in (base, *curve)} == {"held out"}
+        within = [n for n, trial in enumerate(curve, 1) if trial.loss <= base.loss * (1 + float(limit[:-1]) / 100)]
+        assert len(plan.actions.layers) == 6 - within[-1]
+        kept = [layer.index for layer in plan.actions.layers]
+        (loss,) = found.losses([layers(*kept)], "held out")
+        assert loss.mean == pytest.approx(plan.choices[0].cost, rel=1e-12)
+        sizes.append(within[-1])
+    assert sizes[0] == (2 if strategy == "block" else 3) and sizes == sorted(sizes) and sizes[-1] == 5
+
+
+def test_the_curve_need_not_rise(able: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers cost more than three: three go."""
+    costs = {6: 1.0, 5: 1.0, 4: 3.0, 3: 1.04, 2: 3.0, 1: 3.0}
+    monkeypatch.setattr(Meter, "_run", lambda self, orders, *_: [[costs[len(order.layers)]] * 5 for order in orders])
+    text = "source: builtin, samples: 5, max_length: 20"
+    assert len(planned(able, "max_loss_increase: 5%, strategy: greedy", calibration=text).actions.layers) == 3
+    with pytest.raises(RecipeError, match=r"r.yaml:4:\d+: no layer of 6, 4 of them protected can be removed within a loss increase of 1%"):
+        monkeypatch.setitem(costs, 5, 2.0)
+        planned(
+            able, "max_loss_increase: 1%, protect: [0, 1, 2, 3], strategy: loss", calibration="source: builtin, samples: 5, max_length: 21"
+        )
+
+
+# Text
+
+
+def test_held_out_text_is_other_text(tiny: Tiny, documents: Path) -> None:
+    calibration = TextCalibration(source="text", path=str(documents), samples=4, max_length=64, seed=3)
+    chosen_on, held_out = (text_of(tiny("llama"), calibration, held) for held in (False, True))
+    assert len(chosen_on) == len(held_out) == 4
+    assert not {tuple(ids) for ids in chosen_on} & {tuple(ids) for ids in held_out}
+    everything = text_of(tiny("llama"), TextCalibration(source="text", path=str(documents), samples=99, max_length=64, seed=3))
+    assert chosen_on + held_out == everything[:8]
+    about = meter(calibration, tiny("llama"))
+    about.losses([removed(6)], "held out")
+    assert about.about()["path"] == str(documents), "stands under a key that is not published"
+    assert about.about()["held_out"]["text"] == "up to 4 samples that follow those"
+
+
+def test_held_out_text_of_the_built_in_text(tiny: Tiny) -> None:
+    found = meter(TEXT, tiny("llama"))
+    one, other = (found.losses([removed(6)], part)[0] for part in ("calibration", "held out"))  # type: ignore[arg-type]
+    assert one != other
+    assert found.about()["held_out"] == {"text": "the held-out part of the built-in text", "samples": 5, "tokens": 120}
+    path = Path(__file__).parent.parent / "layercut" / "data" / "held_out.txt"
+    same = TextCalibration(source="text", path=str(path), samples=5, max_length=24)
+    assert text_of(tiny("llama"), TEXT, held_out=True) == text_of(tiny("llama"), same)
+
+
+def test_text_of_which_nothing_is_left(tiny: Tiny, documents: Path) -> None:
+    calibration = TextCalibration(source="text", path=str(documents), samples=10, max_length=64)
+    with pytest.raises(CalibrationError, match=r"no more than the 10 samples that layers are chosen on.*lower samples, or use more text$"):
+        meter(calibration, tiny("llama")).losses([removed(6)], "held out")
+
+
+def test_text_without_a_token_to_predict(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("a", encoding="utf-8")
+    with pytest.raises(CalibrationError, match="gives no token to predict"):
+        meter(TextCalibration(source="text", path=str(tmp_path / "t.txt")), tiny("llama")).losses([removed(6)])
+
+
+def test_a_share_of_the_samples_is_the_first_of_them(tiny: Tiny) -> None:
+    found = meter(TEXT, tiny("llama"))
+    (part,) = found.losses([removed(6, 2)], share=0.5)
+    (whole,) = found.losses([removed(6, 2)])
+    (again,) = found.losses([removed(6, 2)], share=0.5)
+    assert len(part.sums) == 3 and len(whole.sums) == 5
+    assert part == again == Loss(whole.sums[:3], whole.counts[:3])
+    (at_once,) = meter(TEXT, tiny("llama")).losses([removed(6, 2)])
+    assert at_once.sums == pytest.approx(whole.sums, rel=1e-6)
+
+
+def test_as_many_samples_as_settle_a_choice_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(CalibrationError, match=r"samples: auto cannot tell whether a choice by loss is settled; give a number of samples"):
+        meter(BuiltinCalibration(samples="auto"), tiny("llama"))
+
+
+# Work
+
+
+def test_states_that_stacks_share_are_computed_once() -> None:
+    """Removing each of L layers takes about half of L forward passes: L layers of the trunk, and L - 1 - l behind each gap."""
+    steps: list[int] = []
+
+    def step(layer: LayerRef, state: torch.Tensor) -> torch.Tensor:
+        steps.append(layer.index)
+        return torch.cat([state, torch.tensor([float(layer.index)])])
+
+    orders = [Order.of(removed(8, at)) for at in range(8)]
+    (root,) = Node.of(orders).values()
+    seen: dict[int, list[float]] = {}
+
+    def end(number: int, state: torch.Tensor) -> None:
+        seen[number] = state.tolist()
+
+    root.walk(torch.zeros(0), step, end)
+    assert len(steps) == 7 + 8 * 7 / 2
+    assert sorted(seen) == list(range(8))
+    assert all(seen[number] == [float(layer.index) for layer in order.layers] for number, order in enumerate(orders))
+
+
+def test_few_states_wait() -> None:
+    """However many stacks there are: those that leave out one layer each, or two."""
+    living: weakref.WeakSet[State] = weakref.WeakSet()
+    most = 0
+
+    class State:
+        def __init__(self) -> None:
+            living.add(self)
+
+        def clone(self) -> State:
+            return State()
+
+    def step(layer: LayerRef, state: Any) -> Any:
+        nonlocal most
+        most = max(most, len(living))
+        return State()
+
+    pairs = itertools.combinations(range(16), 2)
+    for orders in ([Order.of(removed(64, at)) for at in range(64)], [Order.of(removed(16, *gone)) for gone in pairs]):
+        (root,) = Node.of(orders).values()
+        start: Any = State()
+        root.walk(start, step, lambda number, state: None)
+    assert 2 <= most <= 8
+
+
+def test_what_is_known_is_not_run_again(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = meter(TEXT, tiny("llama"), cache=tmp_path)
+    stacks = [removed(6), removed(6, 1), removed(6, 1, 4)]
+    expected = first.losses(stacks)
+    monkeypatch.setattr(Meter, "_run", lambda *_: pytest.fail("it was measured before"))
+    assert first.losses(stacks) == expected
+    second = meter(TEXT, tiny("llama"), cache=tmp_path)
+    assert second.losses(stacks[::-1]) == expected[::-1]
+    assert second.losses(stacks, share=0.4)[0].sums == expected[0].sums[:2]
+
+
+def test_what_is_kept_is_kept_by_text_and_model(tiny: Tiny, tmp_path: Path) -> None:
+    meter(TEXT, tiny("llama"), cache=tmp_path).losses([removed(6)])
+    for other in (
+        meter(TEXT.model_copy(update={"samples": 4}), tiny("llama"), cache=tmp_path),
+        meter(TEXT, tiny("llama", seed=1), cache=tmp_path),
+        meter(TEXT, tiny("llama"), cache=tmp_path, dtype="bfloat16"),
+    ):
+        assert other._book("calibration").known == {}
+    assert meter(TEXT, tiny("llama"), cache=tmp_path)._book("held out").known == {}
+    assert len(meter(TEXT, tiny("llama"), cache=tmp_path)._book("calibration").known) == 1
+
+
+@pytest.mark.parametrize("entry", [None, [], {"x": 3}, {"x": ["1.0"]}, {"x": [1.0] * 6}, {"x": [float("nan")]}])
+def test_an_entry_that_holds_something_else_counts_as_not_there(tiny: Tiny, tmp_path: Path, entry: Any) -> None:
+    meter(TEXT, tiny("llama"), cache=tmp_path).losses([removed(6)])
+    (path,) = (tmp_path / "measurements").glob("*.json")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**data, "details": {"losses": entry}}), encoding="utf-8")
+    assert meter(TEXT, tiny("llama"), cache=tmp_path)._book("calibration").known == {}
+
+
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are processes. In threads, what transformers patches for a while as it loads a model would stay patched."""
+    load, lock = Player.load, threading.Lock()
+
+    def alone(*arguments: Any) -> Player:
+        with lock:
+            return load(*arguments)
+
+    monkeypatch.setattr(Player, "load", alone)
+
+
+def test_ranks_share_the_samples_and_agree(
+    tiny: Tiny,
+    group: Callable[..., Group],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three ranks, and three batches of two samples and one."""
+    (alone,) = meter(TEXT, tiny("llama")).losses([removed(6, 3)])
+    one_at_a_time(monkeypatch)
+    made = group(3, patience=60.0)
+    made.alive(0, 1, 2)
+    stacks = [removed(6, 3), removed(6)]
+    found = made.all(lambda rank: meter(TEXT, tiny("llama"), ranks=rank, cache=tmp_path).losses(stacks))
+    assert found[0] == found[1] == found[2]
+    assert found[0][0].sums == pytest.approx(alone.sums, rel=1e-12)
+    kept = made.all(lambda rank: meter(TEXT, tiny("llama"), ranks=rank, cache=tmp_path).losses(stacks))
+    assert kept == found
+
+
+def test_memory_is_given_back(tiny: Tiny) -> None:
+    found = meter(TEXT, tiny("llama"))
+    (one,) = found.losses([removed(6, 3)])
+    assert found._players
+    found.release()
+    assert not found._players
+    assert found.losses([removed(6, 3)]) == [one]
+    assert not found._players, "nothing was to be run"
+
+
+def test_models_that_do_not_fit_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(
+        CalibrationError,
+        match=r"losses need the models in memory: [0-9.]+ kB with what running them takes, and 0 bytes are left .1 bytes as asked",
+    ):
+        meter(TEXT, tiny("llama"), memory=1).losses([removed(6)])
+
+
+# Losses that are none
+
+
+def test_a_model_that_predicts_nothing_finite_stops(tiny: Tiny, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    with torch.no_grad():
+        model.model.layers[4].input_layernorm.weight.fill_(float("inf"))
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="the predictions of model 'm' are not finite"):
+        meter(TEXT, tmp_path).losses([removed(6)])
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
+    """Layer 2 takes back what layer 1 adds; without it states overflow. That is no loss, and above all no small one."""
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config("llama", 6, mlp_bias=True))
+    with torch.no_grad():
+        biases = [layer.mlp.down_proj.bias for layer in model.model.layers]
+        for part in model.model.layers[2].parameters():
+            part.zero_()
+        biases[1][0], biases[2][0], biases[3][0] = 3e38, -3e38, 2e38
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^the loss of the stack \S+\[0, 2\) \+ \S+\[3, 6\) is not finite; measure in another dtype"):
+        planned(tmp_path, "layers: 1, strategy: loss")
+
+
+def test_a_stack_whose_loss_is_not_finite_stops(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = meter(TEXT, tiny("llama"))
+    monkeypatch.setattr(Meter, "_run", lambda *_: [[1.0] * 5, [1.0, float("inf"), 1.0, 1.0, 1.0]])
+    with pytest.raises(CheckpointError, match=r"^the loss of the stack m\[0, 1\) \+ m\[3, 6\) is not finite; measure in another dtype"):
+        found.losses([removed(6), removed(6, 1, 2)])
+
+
+def test_a_stack_without_layers(tiny: Tiny) -> None:
+    with pytest.raises(RefusedError, match="a stack without layers has no loss"):
+        meter(TEXT, tiny("llama")).losses([()])
+
+
+def test_a_fitted_map_has_no_loss_yet(tiny: Tiny) -> None:
+    stack = (*layers(0, 1), LayerRef(model="m", index=2, span=2, fitted="linear"), *layers(4, 5))
+    with pytest.raises(RefusedError, match="the linear map of layer 2 is not fitted yet"):
+        meter(TEXT, tiny("llama")).losses([stack])
+
+
+def test_experts_cannot_be_scaled(odd: Callable[[str], Path]) -> None:
+    stack = (*layers(0, 1, 2, 3, 4), LayerRef(model="m", index=5, scalings=((Scaling(tensors="*", by=0.5),),)))
+    with pytest.raises(LayercutError, match="transformers holds layer 5 of model 'm' otherwise than its file"):
+        meter(TEXT, odd("mixtral")).losses([stack])
+
+
+# Commands
+
+
+RECIPE = """model: {model}
+calibration: {{source: text, path: {text}, samples: 4, max_length: 24, batch_size: 2}}
+steps:
+- prune: {{layers: 2, strategy: best, candidates: [block, loss, greedy]}}
+output: {out}
+"""
+
+
+def test_commands_plan_and_run_what_was_chosen_by_loss(
+    able: Path, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan holds the evidence, is executed as it stands, and names the text in the report."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.format(model=able, text=documents, out=tmp_path / "out"), encoding="utf-8")
+    assert main(["plan", str(recipe), "-o", str(tmp_path / "p.json")]) == 0
+    shown = capsys.readouterr()
+    assert re.search(r"^steps\.0\.prune: remove layers \[\d.*, loss \d\.\d{4} nats a token$", shown.out, re.MULTILINE)
+    for name in ("as it is", "block", "loss", "greedy"):
+        assert re.search(rf"^  {name} +\d\.\d{{4}}  [+-]\d+\.\d\d%  ± \d+\.\d\d%  .*held out text$", shown.out, re.MULTILINE), name
+    plan = Plan.from_json((tmp_path / "p.json").read_text(encoding="utf-8"))
+    assert plan.choices[0].run_on["held_out"] == {"text": "up to 4 samples that follow those", "samples": 4, "tokens": 96}
+    assert main(["run", str(tmp_path / "p.json")]) == 0
+    report = read_report(tmp_path / "out")
+    assert report.choices == plan.choices and len(report.layers) == 4
+    hidden = disclosed(report).model_dump_json()
+    assert str(documents) not in hidden and str(able) not in hidden
+    assert "# name" in make_card(report, {}, "user/name").text
+    assert main(["run", str(recipe), "--out", str(tmp_path / "again")]) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_two_processes_choose_what_one_chooses(able: Path, documents: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.format(model=able, text=documents, out=tmp_path / "out"), encoding="utf-8")
+    alone = plan_recipe(recipe, progress=False)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "LAYERCUT_CACHE": str(tmp_path / "cache")}
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "layercut"]
+    command = [sys.executable, *launcher, "plan", str(recipe), "-q", "-o", str(tmp_path / "p.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    made = Plan.from_json((tmp_path / "p.json").read_text(encoding="utf-8"))
+    assert made.choices[0].chosen == alone.choices[0].chosen
+    assert [trial.loss for trial in made.choices[0].trials] == pytest.approx([trial.loss for trial in alone.choices[0].trials], rel=1e-9)
+
+
+def test_progress_goes_to_stderr(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = open_checkpoint(tiny("llama"))
+    stack = find_stack(checkpoint)
+    shown = Meter({"m": checkpoint}, TEXT, depths={"m": stack.depth}, prefixes={"m": stack.prefix}, progress=True)
+    shown.losses([removed(6), removed(6, 1)])
+    out, err = capsys.readouterr()
+    assert out == "" and "losses of 2 stacks:" in err and "/10 " in err
+
+
+def test_layers_are_repeated_by_what_that_loses(able: Path) -> None:
+    recipe = f"""
+model: {able}
+calibration: {{source: builtin, samples: 5, max_length: 24, batch_size: 2}}
+steps:
+- duplicate: {{layers: 1, strategy: loss}}
+"""
+    plan = plan_recipe(parse_recipe(YamlText(recipe, "r.yaml")), progress=False)
+    twice = [layers(*sorted([*range(6), at])) for at in range(6)]
+    losses = [loss.mean for loss in meter(TEXT, able).losses(twice)]
+    at = losses.index(min(losses))
+    assert [layer.index for layer in plan.actions.layers] == sorted([*range(6), at])
+    assert [trial.loss for trial in plan.choices[0].trials[1:]] == losses
