@@ -683,7 +683,7 @@ def test_smollm2_last_layer_is_measured_before_the_final_norm(smollm2: Path, tmp
 
 def lengths(sizes: Sequence[int], size: int, alike: bool = False) -> list[list[int]]:
     text = Text([array("q", range(length)) for length in sizes], [None] * len(sizes))
-    return [[len(sample.ids) for sample in batch] for batch in engine._batches(text, 0, len(sizes), size, alike)]
+    return [[len(sample.ids) for sample in batch] for batch in engine.batches(text, 0, len(sizes), size, alike)]
 
 
 def test_batches_are_of_similar_length() -> None:
