@@ -27,12 +27,12 @@ SELECTOR = 'expected a layer such as 3, a range such as "20-24", or {every: 2, f
 COUNT = "expected a number of layers such as 6, or a percentage such as 25%"
 SIZE = "expected a size such as 5GB, 500MB or 5GiB"
 EITHER = "takes either 'layers' (how many) or 'at' (which)"
-BUDGETS = "takes either one of layers, params, size, max_distance (how many) or 'at' (which)"
+BUDGETS = "takes either one of layers, params, size, max_distance, max_loss_increase (how many) or 'at' (which)"
 NAMED = "with 'at' nothing is chosen: strategy, metric and protect go with a budget"
 PARAMS = "expected a number of parameters such as 6B or 135M"
 NUMBER = "expected a number such as 0.5"
 FACTOR = "expected a factor such as 0.5, or a list of factors that is spread over the slice"
-STRATEGY = "expected 'block', 'blocks', 'rank' or 'deepest'"
+STRATEGY = "expected 'block', 'blocks', 'rank', 'deepest', 'loss', 'greedy', 'evolve' or 'best'"
 DTYPE = "expected 'float16', 'bfloat16', 'float32' or 'float64'"
 PAIR = "layer_range takes two boundaries [a, b): layers a to b - 1"
 EMPTY = "is empty: [a, b) holds layers a to b - 1"
@@ -259,7 +259,7 @@ TABLE = [
     (steps("prune: {max_distance: true}"), f"r.yaml:3:27: {NUMBER}, found true"),
     (steps("prune: {max_distance: 0.1}"), "r.yaml:3:27: no layer of 6 can be removed within a distance of 0.1; the least is 0.25"),
     (steps("prune: {max_distanse: 0.1}"), "r.yaml:3:13: unknown key 'max_distanse'; did you mean 'max_distance'?"),
-    (steps("prune: {layers: 2, strategy: besst}"), f"r.yaml:3:34: steps.0.prune.strategy: {STRATEGY}, found 'besst'"),
+    (steps("prune: {layers: 2, strategy: besst}"), f"r.yaml:3:34: steps.0.prune.strategy: {STRATEGY}, found 'besst'; did you mean 'best'?"),
     (steps("prune: {layers: 2, strategy: blok}"), f"r.yaml:3:34: steps.0.prune.strategy: {STRATEGY}, found 'blok'; did you mean 'block'?"),
     (steps("prune: {layers: 2, strategy: 5}"), f"r.yaml:3:34: steps.0.prune.strategy: {STRATEGY}, found 5"),
     (steps("prune: {layers: 2, protect: [0, 9]}"), "r.yaml:3:37: layer 9 does not exist: the stack has layers 0 to 5 here"),
@@ -270,7 +270,7 @@ TABLE = [
     (steps("prune: {at: 2, metric: cosine}"), f"r.yaml:3:20: {NAMED}"),
     (steps("prune: [2]"), "r.yaml:3:12: steps.0.prune: expected a mapping, found [2]"),
     (steps("prune: [{layers: 2}]"), 'r.yaml:3:12: steps.0.prune: expected a mapping, found [{"layers": 2}]'),
-    (steps("duplicate: {size: 5GB}"), "r.yaml:3:17: unknown key 'size'; known keys are at, layers, metric, protect, strategy, times"),
+    (steps("duplicate: {size: 5GB}"), "r.yaml:3:17: unknown key 'size'; known keys are at, candidates, layers, metric, protect, strategy, times"),
     (steps("duplicate: {layers: 2, times: 0}"), "r.yaml:3:35: steps.0.duplicate.times: expected at least 1, found 0"),
     (steps("expand: {}"), "r.yaml:3:13: takes either 'every' or 'at'"),
     (steps("expand:"), "r.yaml:3:12: takes either 'every' or 'at'"),
@@ -299,7 +299,7 @@ TABLE = [
     (steps("replace: {layers: 6, with: linear}"), "r.yaml:3:23: cannot replace 6 of 6 layers; at most 5"),
     (
         steps("replace: {layers: 2, by: linear}"),
-        "r.yaml:3:26: unknown key 'by'; known keys are at, layers, metric, protect, strategy, with",
+        "r.yaml:3:26: unknown key 'by'; known keys are at, candidates, layers, metric, protect, strategy, with",
     ),
     (steps("scale: {by: 2}"), "r.yaml:3:12: 'tensors' is missing"),
     (steps("scale: {tensors: '*'}"), "r.yaml:3:12: 'by' is missing"),
@@ -466,7 +466,7 @@ def test_an_override_is_at_fault_by_its_own_name(tmp_path: Path, model: Checkpoi
     assert str(caught.value) == f"--set steps.0.prune.layers: {COUNT}, found 'many'"
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, ["steps.-1.prune.colour=red"])
-    assert str(caught.value).startswith("--set steps.-1.prune.colour: unknown key 'colour'; known keys are at, layers, ")
+    assert str(caught.value).startswith("--set steps.-1.prune.colour: unknown key 'colour'; known keys are at, candidates, layers, ")
 
 
 def test_places_lead_through_merge_keys(tmp_path: Path, model: Checkpoint) -> None:

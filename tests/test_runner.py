@@ -60,7 +60,7 @@ def test_layers_that_run_twice_are_refused() -> None:
 def test_states_of_another_form_are_refused() -> None:
     model = Looped(1)
     with pytest.raises(CheckpointError) as caught, Boundaries("m", model.layers, torch.ones(1, 3, dtype=torch.bool)):
-        model(torch.ones(2, 1, 3, 4))
+        model(torch.ones(2, 5, 3, 4))
     expected = "boundary 0 of model 'm' is no tensor of (samples, tokens, hidden); this architecture cannot be measured"
     assert str(caught.value) == expected
 
