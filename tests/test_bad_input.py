@@ -32,6 +32,7 @@ NAMED = "with 'at' nothing is chosen: strategy, metric and protect go with a bud
 PARAMS = "expected a number of parameters such as 6B or 135M"
 NUMBER = "expected a number such as 0.5"
 FACTOR = "expected a factor such as 0.5, or a list of factors that is spread over the slice"
+KEYS = "known keys are at, candidates, layers, metric, protect, strategy"
 STRATEGY = "expected 'block', 'blocks', 'rank', 'deepest', 'loss', 'greedy', 'evolve' or 'best'"
 DTYPE = "expected 'float16', 'bfloat16', 'float32' or 'float64'"
 PAIR = "layer_range takes two boundaries [a, b): layers a to b - 1"
@@ -270,7 +271,10 @@ TABLE = [
     (steps("prune: {at: 2, metric: cosine}"), f"r.yaml:3:20: {NAMED}"),
     (steps("prune: [2]"), "r.yaml:3:12: steps.0.prune: expected a mapping, found [2]"),
     (steps("prune: [{layers: 2}]"), 'r.yaml:3:12: steps.0.prune: expected a mapping, found [{"layers": 2}]'),
-    (steps("duplicate: {size: 5GB}"), "r.yaml:3:17: unknown key 'size'; known keys are at, candidates, layers, metric, protect, strategy, times"),
+    (
+        steps("duplicate: {size: 5GB}"),
+        f"r.yaml:3:17: unknown key 'size'; {KEYS}, times",
+    ),
     (steps("duplicate: {layers: 2, times: 0}"), "r.yaml:3:35: steps.0.duplicate.times: expected at least 1, found 0"),
     (steps("expand: {}"), "r.yaml:3:13: takes either 'every' or 'at'"),
     (steps("expand:"), "r.yaml:3:12: takes either 'every' or 'at'"),
