@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,11 +82,11 @@ def listed(page: Path = PAGE) -> dict[str, str]:
     return rows
 
 
-def main(wanted: list[str]) -> int:
-    """Run the types and write the page."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+def write(
+    page: Path, wanted: list[str], outcome: Callable[[str, str, Path], str], document: Callable[[Mapping[str, str], str], str]
+) -> int:
+    """Run the types, all if none is wanted, and write the page; 1 when something is wrong. `outcome` is given type, task and a folder."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import sweep
     import torch
     import transformers
     import zoo
@@ -94,16 +94,24 @@ def main(wanted: list[str]) -> int:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity(50)
     transformers.utils.logging.disable_progress_bar()
-    rows = listed() if wanted else {}
+    rows = listed(page) if wanted else {}
     for kind, task in zoo.pairs():
         name = f"{task}:{kind}"
         if not wanted or name in wanted:
             with tempfile.TemporaryDirectory() as scratch:
                 os.environ["LAYERCUT_CACHE"] = f"{scratch}/cache"
-                rows[name] = sweep.row(sweep.examine(kind, task, Path(scratch)))
+                rows[name] = outcome(kind, task, Path(scratch))
             print(name, rows[name], file=sys.stderr, flush=True)
-    PAGE.write_text(document(rows, transformers.__version__), encoding="utf-8")
+    page.write_text(document(rows, transformers.__version__), encoding="utf-8")
     return int(any("wrong" in told for told in rows.values()))
+
+
+def main(wanted: list[str]) -> int:
+    """Run the types and write the page."""
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+    import sweep
+
+    return write(PAGE, wanted, lambda *given: sweep.row(sweep.examine(*given)), document)
 
 
 if __name__ == "__main__":

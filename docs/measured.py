@@ -7,10 +7,8 @@ Without arguments all of them are run, which takes ten minutes; with arguments t
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,25 +63,9 @@ def _padded() -> Mapping[str, str]:
 
 def main(wanted: list[str]) -> int:
     """Run the types and write the page."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
     import measuring
-    import torch
-    import transformers
-    import zoo
 
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity(50)
-    transformers.utils.logging.disable_progress_bar()
-    rows = architectures.listed(PAGE) if wanted else {}
-    for kind, task in zoo.pairs():
-        name = f"{task}:{kind}"
-        if not wanted or name in wanted:
-            with tempfile.TemporaryDirectory() as scratch:
-                os.environ["LAYERCUT_CACHE"] = f"{scratch}/cache"
-                rows[name] = measuring.row(measuring.examine(kind, task, Path(scratch)))
-            print(name, rows[name], file=sys.stderr, flush=True)
-    PAGE.write_text(document(rows, transformers.__version__), encoding="utf-8")
-    return int(any("wrong" in told for told in rows.values()))
+    return architectures.write(PAGE, wanted, lambda *given: measuring.row(measuring.examine(*given)), document)
 
 
 if __name__ == "__main__":
