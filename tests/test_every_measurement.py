@@ -41,16 +41,7 @@ REFUSED_CAUSAL = (
 put something before the text, or pad it themselves."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Any:
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity(50)
-    transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    transformers.utils.logging.set_verbosity(verbosity)
+pytestmark = pytest.mark.usefixtures("quietly")
 
 
 def page() -> ModuleType:
