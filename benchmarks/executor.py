@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -115,9 +116,9 @@ def compare(size: str, model: Model, folder: Path, mergekit: Path, rounds: int) 
         measured([*commands["layercut"][:-3], "--out", str(folder / "cut"), "--quiet"], folder / "log")
         written = sum(path.stat().st_size for path in (folder / "cut").glob("*.safetensors"))
         runs: dict[str, list[Run]] = {tool: [] for tool in commands}
+        chance = random.Random(0)
         for number in range(rounds + 1):
-            turn = number % len(commands)  # each begins in turn: memory that another program just freed is quicker to fill
-            for tool, command in [*commands.items()][turn:] + [*commands.items()][:turn]:
+            for tool, command in chance.sample([*commands.items()], len(commands)):  # memory that another just freed is quicker to fill
                 shutil.rmtree(folder / "out", ignore_errors=True)
                 os.sync()
                 run = measured(command, folder / "log")
@@ -191,9 +192,9 @@ def document(rows: Sequence[Row], shared: str, where: str, rounds: int) -> str:
 # The executor against cp and mergekit
 
 A cut of {kept} of synthetic Llama checkpoints in bfloat16. Medians of {rounds} runs of whole processes, start included, in turn, with
-warm caches; before each the last output was removed and everything written. `cp` copies the weights of layercut's result. layercut has
-its output on the disk before it gives it its name, so its peer is `cp, then sync`. Plain `cp` and mergekit do not wait for the disk, so
-theirs is `layercut --no-fsync`.
+warm caches, in another order each time; before each the last output was removed and everything written. `cp` copies the weights of
+layercut's result. layercut has its output on the disk before it gives it its name, as `cp, then sync` has; plain `cp`, mergekit and
+`layercut --no-fsync` leave it in memory. How long these take hangs on how fast the machine finds free memory: direct writes need none.
 
 {date.today().isoformat()}; {where}. The last columns are what to compare: below 1, layercut takes less.
 

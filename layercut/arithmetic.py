@@ -11,11 +11,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from layercut.copying import BUFFER, Range, SourceFiles, write_at
+from layercut.copying import Range, SourceFiles
 from layercut.errors import OutputError
 from layercut.gathering import gathered_pieces
 from layercut.header import ITEM_BITS, quoted
 from layercut.plan import Part, TensorMade
+from layercut.ways import BUFFER, write_at
 
 if TYPE_CHECKING:
     import torch

@@ -109,7 +109,7 @@ def cli() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that holds something.")
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run wrote, instead of going on from it.")
 @click.option(
-    "--no-fsync", "durable", flag_value=False, default=True, help="Do not wait for the disk: faster, and a power cut may spoil the output."
+    "--no-fsync", "durable", flag_value=False, default=True, help="Leave the disk to the system: a power cut may spoil the output."
 )
 @measures
 def run(recipe: str, out: str | None, overrides: Sequence[str], as_json: bool, quiet: bool, **choices: Any) -> None:

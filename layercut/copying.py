@@ -5,36 +5,18 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
 from layercut.errors import CheckpointError, OutputError
+from layercut.ways import ANY, BUFFER, UNSUPPORTED, WHOLE, Way, advise, by_clone
 
-# Bytes asked of the kernel at once: large enough to cost nothing, small enough for the disk to begin early.
+# Bytes asked of the kernel at once: large enough to cost nothing, small enough for the disk to begin early, and for progress and Ctrl-C.
 STEP = 64 << 20
-# The same of whole blocks, which may be shared and then cost nothing; progress and Ctrl-C still get a turn where they are copied.
-WHOLE_STEP = 64 << 20
-# Bytes held in memory when the kernel cannot copy by itself.
-BUFFER = 1 << 20
-
-# The kernel or file system says "not this way" (as opposed to "this went wrong"): another file system, a FUSE or network
-# mount, an old kernel, a target opened for appending, a seccomp filter, sendfile that only knows sockets (macOS).
-_UNSUPPORTED = frozenset(
-    {
-        errno.EXDEV,
-        errno.EINVAL,
-        errno.ENOSYS,
-        errno.EOPNOTSUPP,
-        errno.ENOTSUP,
-        errno.EBADF,
-        errno.EPERM,
-        errno.ENOTSOCK,
-        errno.ETXTBSY,
-        errno.EOVERFLOW,
-    }
-)
+# A direct write is waited for: fewer bytes than this are left to the page cache, which writes many at once.
+DIRECT = 1 << 20
 
 
 class Range(NamedTuple):
@@ -70,49 +52,52 @@ def copy_range(
 ) -> None:
     """Copy `length` bytes between two file descriptors, from `source_offset` to `target_offset`.
 
-    Tries copy_file_range (which shares blocks on file systems that can), then sendfile, then pread and pwrite. `advance`
-    is called with the number of bytes after every step. The position of `target` is undefined afterwards. Where both offsets
-    are at the same place in their block, whole blocks are asked for on their own, for only those can be shared. With `durable` the disk
-    begins at once, for an fsync that comes.
+    Whole blocks of the target are shared where the file system can, or, with `durable`, written to the disk straight from the pages of
+    the source. All else, and what these refuse, goes by copy_file_range, then sendfile, then pread and pwrite; with `durable` the disk
+    begins at once, for an fsync that comes. `advance` is called with the number of bytes after every step. The position of `target` is
+    undefined afterwards.
 
     Raises CheckpointError when the source ends early, and OSError (no space, input/output error) as the system gave it.
     """
     block = os.fstatvfs(target).f_bsize
-    alike = block > 0 and (source_offset - target_offset) % block == 0
+    usable = [way for way in WHOLE if block > 0 and _worth(way, (source_offset - target_offset) % block, length, durable)] + list(ANY)
     done = 0
-    for way in (_by_copy_file_range, _by_sendfile, _by_read_and_write):
-        while done < length:
-            try:
-                step = _step(source_offset + done, length - done, block) if alike else min(STEP, length - done)
-                count = way(source, target, source_offset + done, target_offset + done, step)
-            except OSError as error:
-                if way is _by_read_and_write or error.errno not in _UNSUPPORTED:
-                    raise
+    while done < length:
+        step = _step(target_offset + done, length - done, block if usable[0] in WHOLE else 1)
+        whole = block > 0 and (target_offset + done) % block == step % block == 0
+        way = next(way for way in usable if whole or way not in WHOLE)
+        try:
+            count = way(source, target, source_offset + done, target_offset + done, step)
+        except OSError as error:
+            if way is ANY[-1] or error.errno not in UNSUPPORTED:
+                raise
+            count = 0
+        if count == 0:
+            # Not this way, or the end of the source, or a file system whose kernel copy gives nothing: only pread tells them apart.
+            if way is ANY[-1]:
                 break
-            if count == 0:
-                # The end of the source, or a file system whose kernel copy gives nothing: only pread tells them apart.
-                break
-            if durable:
-                _begin_writing(target, target_offset + done, count)
-            done += count
-            if advance is not None:
-                advance(count)
+            usable.remove(way)
+            continue
+        if durable and way not in WHOLE:
+            # What is dirty goes to the disk while the next bytes are copied, not all of it in the fsync at the end.
+            advise(target, target_offset + done, count, "POSIX_FADV_DONTNEED")
+        done += count
+        if advance is not None:
+            advance(count)
     if done < length:
         raise CheckpointError(f"ended early: {length - done} bytes are missing from byte {source_offset + done} on")
 
 
-def _begin_writing(target: int, offset: int, count: int) -> None:
-    """Have these bytes go to the disk while the next ones are copied, not all of them in the fsync at the end. A hint, no more."""
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):
-            os.posix_fadvise(target, offset, count, os.POSIX_FADV_DONTNEED)  # it writes what is dirty, and drops what was not
+def _worth(way: Way, out_of_step: int, length: int, durable: bool) -> bool:
+    """Whether a way for whole blocks can be of use: no block is shared that stands elsewhere in its source."""
+    return out_of_step == 0 if way is by_clone else durable and length >= DIRECT
 
 
 def _step(offset: int, rest: int, block: int) -> int:
-    """Bytes of the next step: up to the end of the block that `offset` lies in, then whole blocks, then what remains."""
+    """Bytes of the next step: up to the end of the block of the target that `offset` lies in, then whole blocks, then what remains."""
     if offset % block:
         return min(-offset % block, rest)
-    return min(WHOLE_STEP, rest - rest % block) or rest
+    return min(STEP - STEP % block, rest - rest % block) or rest
 
 
 class SourceFiles:
@@ -197,14 +182,6 @@ def write_bytes(target: int, data: bytes) -> None:
         rest = rest[os.write(target, rest) :]
 
 
-def write_at(target: int, data: bytes | bytearray, offset: int) -> None:
-    """Write all of `data` at `offset`, whatever the position of the descriptor."""
-    rest = memoryview(data)
-    while rest:
-        count = os.pwrite(target, rest, offset)
-        rest, offset = rest[count:], offset + count
-
-
 def sync(folder: Path) -> None:
     """Put the names in a folder on the disk."""
     opened = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
@@ -218,25 +195,3 @@ def explained(error: OSError, where: Path | str) -> OutputError:
     """What the system said, as one line about the place that was written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return OutputError(f"cannot be written: {error.strerror or error}", where=where, hint="free some space and run again" if full else None)
-
-
-def _by_copy_file_range(source: int, target: int, source_offset: int, target_offset: int, count: int) -> int:
-    """One step by copy_file_range(2), Linux only."""
-    if not hasattr(os, "copy_file_range"):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    return os.copy_file_range(source, target, count, offset_src=source_offset, offset_dst=target_offset)
-
-
-def _by_sendfile(source: int, target: int, source_offset: int, target_offset: int, count: int) -> int:
-    """One step by sendfile(2), which writes at the position of the target."""
-    if not hasattr(os, "sendfile"):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    os.lseek(target, target_offset, os.SEEK_SET)
-    return os.sendfile(target, source, source_offset, count)
-
-
-def _by_read_and_write(source: int, target: int, source_offset: int, target_offset: int, count: int) -> int:
-    """One step through memory, at most BUFFER bytes."""
-    chunk = os.pread(source, min(BUFFER, count), source_offset)
-    write_at(target, chunk, target_offset)
-    return len(chunk)

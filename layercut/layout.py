@@ -15,7 +15,7 @@ from layercut.errors import RefusedError
 from layercut.homes import Home, homes
 from layercut.plan import LeftOut, OutputFile, Part, TensorCopy, TensorMade
 from layercut.scalings import Groups, factors
-from layercut.shards import Entry, index_text, shard
+from layercut.shards import Entry, Grid, index_text, shard
 from layercut.stack import LayerRef, Share
 from layercut.tables import Gathered, gathered
 
@@ -48,16 +48,16 @@ def layer_tensors(checkpoint: Checkpoint, stack: LayerStack) -> Mapping[int, tup
 
 
 class Layouter:
-    """Places every tensor of a stack. `blocks` are the bytes of a block of every member that the output can share blocks with."""
+    """Places every tensor of a stack. `grids` are what copies from each member have to be in step with."""
 
     def __init__(
         self,
         members: Mapping[str, Member],
         order: Sequence[LayerRef],
         cast: Cast = Cast(),  # noqa: B008
-        blocks: Mapping[str, int] = MappingProxyType({}),
+        grids: Mapping[str, Grid] = MappingProxyType({}),
     ) -> None:
-        self.members, self.order, self.cast, self.blocks = members, order, cast, blocks
+        self.members, self.order, self.cast, self.grids = members, order, cast, grids
         self.layers = {alias: layer_tensors(*member) for alias, member in members.items()}
         self.unchanged = [layer.index for layer in order if layer.fitted is None] == list(range(self._stack(0).depth))
         self.homes = {} if self._is_whole() else homes(members, order)
@@ -80,7 +80,7 @@ class Layouter:
         if twice:
             raise RefusedError("the output would hold this tensor twice", where=twice[0])
         metadata = dict(self.members[self.order[0].model].checkpoint.metadata) or {"format": "pt"}
-        files = tuple(shard(entries, max_shard_size, metadata, self.blocks))
+        files = tuple(shard(entries, max_shard_size, metadata, self.grids))
         return Layout(files, index_text(files), () if whole else tuple(self._left_out(ends)))
 
     def _is_whole(self) -> bool:

@@ -272,7 +272,7 @@ class OutputFile(Record):
     """The `__metadata__` of the header."""
     tensors: tuple[TensorCopy | TensorMade, ...]
     header_size: int | None = None
-    """Bytes before the first weight byte, where they are more than needed so that blocks can be shared; null: as few as needed."""
+    """Bytes before the first weight byte, where they are more than needed so that blocks stand as in the source; null: as few as needed."""
 
 
 class Companion(Record):

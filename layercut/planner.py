@@ -23,7 +23,8 @@ from layercut.quantization import is_quantized
 from layercut.recipe import DTYPES, Recipe
 from layercut.scalings import factors
 from layercut.settling import Contest, Question, Way
-from layercut.sharing import Filesystem, Sharing
+from layercut.shards import Grid
+from layercut.sharing import Sharing
 from layercut.stack import Stack, joints, models_of
 from layercut.start import Resolve, end_scalings, find_windows, givers, open_members, reachable_depth, stack_of
 from layercut.surgery import Surgery, operate
@@ -116,17 +117,15 @@ def _check_searches(recipe: Recipe, members: Mapping[str, Member]) -> None:
 
 
 def _lay_out(recipe: Recipe, used: Mapping[str, Member], stack: Stack, ends: Ends, sharing: Sharing | None) -> tuple[Layout, list[str]]:
-    """The files of the output, and a note when their bounds are there so that blocks are shared with the sources."""
-    found: dict[str, Filesystem] = {}
-    if sharing is not None:
-        for alias, (checkpoint, _) in used.items():
-            filesystem = sharing([checkpoint.folder / name for name in checkpoint.files])
-            if filesystem is not None:
-                found[alias] = filesystem
-    blocks = {alias: filesystem.block for alias, filesystem in found.items()}
-    layout = Layouter(used, stack, _cast(recipe), blocks).lay_out(ends, recipe.shard_size, end_scalings(recipe))
+    """The files of the output, and a note when their bounds are there for the speed of copying."""
+    grids, shared = dict.fromkeys(used, Grid.direct()), None
+    for alias, (checkpoint, _) in used.items():
+        filesystem = sharing([checkpoint.folder / name for name in checkpoint.files]) if sharing is not None else None
+        if filesystem is not None:
+            grids[alias], shared = Grid.shared(filesystem.block), filesystem
+    layout = Layouter(used, stack, _cast(recipe), grids).lay_out(ends, recipe.shard_size, end_scalings(recipe))
     padded = any(file.header_size is not None for file in layout.files)
-    return layout, [f"laid out for block sharing ({next(iter(found.values()))})"] if padded else []
+    return layout, [f"laid out for block sharing ({shared})" if shared is not None else "laid out for direct writes"] if padded else []
 
 
 def _pending(stack: Stack) -> Iterator[str]:

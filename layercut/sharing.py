@@ -1,6 +1,6 @@
 """Block sharing: which filesystem files lie on, and whether it lets them share blocks. Knows nothing of tensors.
 
-Where blocks can be shared (reflinks), copy_file_range(2) takes neither room nor time for whole blocks, but only when the range
+Where blocks can be shared (reflinks), a copy takes neither room nor time for whole blocks, but only when the range
 stands at the same place in its block in both files. Linux only: of other systems nothing is known here.
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 MOUNTS = Path("/proc/self/mountinfo")
 
 KINDS = {"xfs": "XFS", "btrfs": "Btrfs", "bcachefs": "bcachefs"}
-"""Filesystems whose copy_file_range shares blocks, as the mount table spells them and as people do."""
+"""Filesystems that share blocks, as the mount table spells them and as people do."""
 
 # XFS_IOC_FSGEOMETRY_V1 of xfs_fs.h, as numbered on x86 and Arm: it fills 112 bytes, and a flag at 92 says whether blocks can be shared.
 _XFS_GEOMETRY, _XFS_GEOMETRY_BYTES, _XFS_FLAGS_AT, _XFS_REFLINK = 0x80705864, 112, 92, 1 << 20

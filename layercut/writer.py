@@ -27,8 +27,8 @@ from layercut.staging import Place
 # two of work on any disk, and a fast one does not wait at each of them. In bytes and seconds.
 MARK = 128 << 20
 PAUSE = 1.0
-# Weight files written at the same time: one processor alone does not copy as fast as a good disk writes. Outputs of less than SMALL
-# bytes are written one file after the other.
+# Weight files written at the same time: while one waits for its disk or copies in memory, another keeps the disk busy. Outputs of less
+# than SMALL bytes are written one file after the other.
 HANDS = 4
 SMALL = 256 << 20
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layercut import copying
-from layercut.copying import BUFFER, Range, SourceFiles, coalesce, copy_range, explained, new_file, sync, write_at, write_bytes
+from layercut.copying import Range, SourceFiles, coalesce, copy_range, explained, new_file, sync, write_bytes
 from layercut.errors import CheckpointError, OutputError
+from layercut.ways import BUFFER, UNSUPPORTED, by_copy_file_range, write_at
 
 CONTENT = random.Random(0).randbytes(3 * BUFFER + 17)
 BLOCK = os.statvfs(tempfile.gettempdir()).f_bsize
@@ -23,7 +24,8 @@ WAYS = ("copy_file_range", "sendfile", "pread")
 
 
 def only(monkeypatch, way):
-    """Leave one way of copying; the ones before it fail as on a system without them."""
+    """Leave one way of copying; those for whole blocks are not asked, and the ones before it fail as on a system without them."""
+    monkeypatch.setattr(copying, "WHOLE", ())
 
     def absent(*args, **kwargs):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -65,6 +67,45 @@ def test_every_way_copies_the_range_and_nothing_else(pair, monkeypatch, way, beg
     assert sum(steps) == length
 
 
+@pytest.mark.parametrize(
+    ("begin", "at", "length", "durable", "expected"),
+    [
+        (0, 0, 2 << 20, True, ["clone", "direct", "direct"]),
+        (0, 0, 2 << 20, False, ["clone", "kernel"]),
+        (8, 0, 2 << 20, True, ["direct", "direct"]),
+        (8, 0, 2 << 20, False, ["kernel"]),
+        (0, 4, (1 << 20) + BLOCK, True, ["kernel", "direct", "kernel"]),
+        (0, 0, (1 << 20) - 1, True, ["clone", "kernel"]),
+        (8, 0, (1 << 20) - 1, True, ["kernel"]),
+        (4, 4, 2 * BLOCK, True, ["kernel", "clone", "kernel"]),
+    ],
+)
+def test_who_is_asked_for_what(pair, monkeypatch, begin, at, length, durable, expected):
+    """A filesystem that shares nothing, and a disk that takes one MiB at a time from anywhere."""
+    asked = []
+
+    def clone(*step):
+        asked.append("clone")
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    def direct(source, target, source_offset, target_offset, count):
+        asked.append("direct")
+        assert target_offset % BLOCK == count % BLOCK == 0
+        return by_copy_file_range(source, target, source_offset, target_offset, min(count, 1 << 20))
+
+    def kernel(*step):
+        asked.append("kernel")
+        return by_copy_file_range(*step)
+
+    monkeypatch.setattr(copying, "by_clone", clone)
+    monkeypatch.setattr(copying, "WHOLE", (clone, direct))
+    monkeypatch.setattr(copying, "ANY", (kernel,))
+    source, target = pair
+    copy_range(source, target, begin, at, length, durable=durable)
+    assert asked == expected
+    assert content(target) == (b"." * at + CONTENT[begin : begin + length] + b"." * len(CONTENT))[: max(len(CONTENT), at + length)]
+
+
 def test_kernel_copy_is_asked_first_and_nothing_else(pair, monkeypatch):
     def never(*args):
         raise AssertionError("copied through memory")
@@ -86,11 +127,12 @@ def test_short_copies_go_on(pair, monkeypatch):
 
 def test_a_step_is_bounded(pair, monkeypatch):
     monkeypatch.setattr(copying, "STEP", 4096)
-    monkeypatch.setattr(copying, "WHOLE_STEP", 2 * BLOCK)
     steps = []
     copy_range(*pair, 1, 0, 10000, steps.append)
     assert steps == [4096, 4096, 1808]
     steps.clear()
+    monkeypatch.setattr(copying, "STEP", 2 * BLOCK + 1)
+    monkeypatch.setattr(copying, "WHOLE", (by_copy_file_range,))
     copy_range(*pair, 0, 0, 5 * BLOCK + 7, steps.append)
     assert steps == [2 * BLOCK, 2 * BLOCK, BLOCK, 7]
 
@@ -129,13 +171,12 @@ def test_advice_that_is_refused_or_unknown(pair, monkeypatch):
         (BLOCK, 0, 5, [5]),
         (BLOCK - 2, BLOCK - 2, 5, [2, 3]),
         (7, 7, 0, []),
-        (100, 101, 3 * BLOCK, [3 * BLOCK]),
-        (0, 8, 3 * BLOCK, [3 * BLOCK]),
+        (100, 101, 3 * BLOCK, [BLOCK - 101, 2 * BLOCK, 101]),
+        (0, 8, 3 * BLOCK, [BLOCK - 8, 2 * BLOCK, 8]),
     ],
 )
-@pytest.mark.parametrize("way", WAYS[:2])
-def test_whole_blocks_are_asked_for_on_their_own_where_they_can_be_shared(pair, monkeypatch, way, begin, at, length, expected):
-    only(monkeypatch, way)
+def test_whole_blocks_of_the_target_are_asked_for_on_their_own(pair, monkeypatch, begin, at, length, expected):
+    monkeypatch.setattr(copying, "WHOLE", (by_copy_file_range,))
     source, target = pair
     steps = []
     copy_range(source, target, begin, at, length, steps.append)
@@ -153,6 +194,7 @@ def test_blocks_are_those_of_the_target(pair, monkeypatch):
         f_bsize = 1000
 
     monkeypatch.setattr(os, "fstatvfs", lambda descriptor: asked.append(descriptor) or Found)
+    monkeypatch.setattr(copying, "WHOLE", (by_copy_file_range,))
     copy_range(source, target, 300, 5300, 2500, steps.append)
     assert (asked, steps) == ([target], [700, 1000, 800])
     assert real(target).f_bsize != 1000
@@ -185,7 +227,7 @@ def test_short_writes_go_on(pair, monkeypatch):
     assert content(target)[2:1236] == CONTENT[1:1235]
 
 
-@pytest.mark.parametrize("code", sorted(copying._UNSUPPORTED))
+@pytest.mark.parametrize("code", sorted(UNSUPPORTED))
 def test_what_the_kernel_cannot_do_falls_back_half_way(pair, monkeypatch, code):
     real, calls = os.copy_file_range, []
 

@@ -10,7 +10,6 @@ from conftest import byte_tensors, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layercut import shards
 from layercut.architecture import Member, find_stack
 from layercut.checkpoint import open_checkpoint
 from layercut.ends import find_ends
@@ -20,6 +19,7 @@ from layercut.layout import Cast, Layout, Layouter
 from layercut.operations import OPERATIONS, Wish, apply_all
 from layercut.plan import LeftOut, OutputFile, Part, TensorCopy, TensorMade
 from layercut.scalings import Groups
+from layercut.shards import Grid
 from layercut.stack import Block, LayerRef, Scaling, Share, Stack
 
 LARGE = 10**9
@@ -471,13 +471,12 @@ def test_a_fitted_layer_has_no_tensors_yet(bf16: Member) -> None:
     assert [left.what for left in layout.left_out] == ["layers 0 to 1 (6 tensors, model.layers.*)"]
 
 
-def test_blocks_that_can_be_shared_move_the_bounds_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "LARGE", 4 * 512)
+def test_runs_that_have_to_be_in_step_move_the_bounds_of_files(tmp_path: Path) -> None:
     shapes: Shapes = {"h.0.w": ("BF16", (5004,)), "h.1.w": ("BF16", (5004,)), "norm.weight": ("BF16", (8,))}
     source = member(tmp_path / "m", zeros(shapes), 2)
     ends = find_ends({"m": source}, "m", "m", "m")
     plain = Layouter({"m": source}, refs(0, 0, 1)).lay_out(ends, LARGE)
-    laid = Layouter({"m": source}, refs(0, 0, 1), blocks={"m": 512}).lay_out(ends, LARGE)
+    laid = Layouter({"m": source}, refs(0, 0, 1), grids={"m": Grid(512, 4 * 512)}).lay_out(ends, LARGE)
     assert [tensor for file in laid.files for tensor in file.tensors] == list(plain.files[0].tensors)
     assert [len(file.tensors) for file in laid.files] == [1, 3]
     assert (plain.files[0].header_size, plain.index_text) == (None, None)

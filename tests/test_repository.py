@@ -47,7 +47,7 @@ HEAVY = ("accelerate", "datasets", "numpy", "pandas", "pyarrow", "torch", "trans
 LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "axes", "caches", "canvas", "chattemplates", "errors", "exceptions", "hands", "implied", "jsontext", "record", "sharing", "sizes",
-        "standins", "towers", "version",
+        "standins", "towers", "version", "ways",
     ),
     ("declarations", "hubfaults", "smallfile"),
     ("calibration", "conversations", "conversions", "copying", "header", "mixing", "stack", "tokens", "yamltext"),

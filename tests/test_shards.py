@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layercut import shards
 from layercut.header import ITEM_BITS, encode_header
 from layercut.plan import OutputFile, Part, TensorCopy, TensorMade
-from layercut.shards import LARGE, Entry, index_text, shard
+from layercut.shards import Entry, Grid, index_text, shard
 
 PT = {"format": "pt"}
 BLOCK = 4096
 NONE = 10**15
+GRID = Grid.shared(BLOCK)
+LARGE = GRID.large
 MIB = 1 << 20
 
 
@@ -31,8 +32,8 @@ def made(name: str, size: int) -> TensorMade:
     return TensorMade(name=name, dtype="F32", shape=(size // 4,), parts=(part,), factors=(2.0,))
 
 
-def spread(entries: Sequence[Entry], limit: int = NONE, blocks: dict[str, int] | None = None) -> list[OutputFile]:
-    return list(shard(entries, limit, PT, {"m": BLOCK} if blocks is None else blocks))
+def spread(entries: Sequence[Entry], limit: int = NONE, grids: dict[str, Grid] | None = None) -> list[OutputFile]:
+    return list(shard(entries, limit, PT, {"m": GRID} if grids is None else grids))
 
 
 def names(files: Sequence[OutputFile]) -> list[str]:
@@ -73,8 +74,8 @@ def test_files_are_filled_up_to_the_limit(limit: int, expected: list[str]) -> No
 
 def test_what_no_source_shares_is_laid_out_as_ever() -> None:
     entries = [copy("a", 16, LARGE), copy("b", 24, LARGE, model="elsewhere"), copy("c", 16, LARGE)]
-    assert spread(entries, blocks={"another": BLOCK}) == spread(entries, blocks={})
-    assert names(spread(entries, blocks={})) == ["abc"]
+    assert spread(entries, grids={"another": GRID}) == spread(entries, grids={})
+    assert names(spread(entries, grids={})) == ["abc"]
 
 
 def test_the_index_lists_every_tensor() -> None:
@@ -102,7 +103,7 @@ def test_the_header_meets_the_source(begin: int) -> None:
 
 def test_blocks_of_other_sizes() -> None:
     for block in (512, 16384, 65536):
-        [file] = spread([copy("a", 1000, LARGE + block)], blocks={"m": block})
+        [file] = spread([copy("a", 1000, LARGE + block)], grids={"m": Grid.shared(block)})
         assert file.header_size is not None
         assert (file.header_size - 1000) % block == 0
 
@@ -162,7 +163,7 @@ def test_the_limit_holds_and_every_file_of_a_run_is_in_step() -> None:
 def test_a_source_that_no_header_can_meet() -> None:
     """Files of early safetensors had no padding: their weights begin anywhere."""
     entries = [copy("a", 13, LARGE), copy("b", 13 + LARGE, LARGE)]
-    assert spread(entries) == spread(entries, blocks={})
+    assert spread(entries) == spread(entries, grids={})
     files = spread([copy("a", 16, LARGE), copy("b", 13, 3), copy("c", 16, LARGE)])
     assert names(files) == ["ab", "c"]
 
@@ -224,9 +225,7 @@ def shareable(file: OutputFile, block: int) -> dict[int, int]:
 @settings(max_examples=300, deadline=None)
 @given(stacks(), st.sampled_from([NONE, 100_000, 1_000_000]), st.sampled_from([512, 4096]))
 def test_sharing_changes_bounds_and_padding_only(entries: list[TensorCopy], limit: int, block: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "LARGE", 4 * block)
-        files = spread(entries, limit, {"m": block})
+    files = spread(entries, limit, {"m": Grid(block, 4 * block)})
     plain = spread(entries, limit, {})
     kept = [[tensor for file in found for tensor in file.tensors] for found in (files, plain)]
     assert sorted(kept[0], key=lambda tensor: tensor.name) == sorted(kept[1], key=lambda tensor: tensor.name)
@@ -253,9 +252,7 @@ def test_every_layer_of_any_stack_is_in_step(slices: list[tuple[int, int]]) -> N
     for first, count in slices:
         for layer in range(first, first + count):
             entries.append(copy(f"{len(entries)};", 1008 + layer * size, size))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "LARGE", size)
-        files = spread(entries)
+    files = spread(entries, grids={"m": Grid(BLOCK, size)})
     assert [name for file in files for name in in_step(file).split(";")[:-1]] == [str(number) for number in range(len(entries))]
     assert len(files) <= len(slices)
 

@@ -14,16 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from layercut import run_recipe, sharing
+from layercut import copying, run_recipe, sharing
 from layercut.checkpoint import open_checkpoint
 from layercut.errors import LayercutError, OutputError
 from layercut.executor import execute
 from layercut.plan import OutputFile, Plan, TensorCopy
 from layercut.planner import build_plan
 from layercut.recipe import load_recipe
+from layercut.shards import Grid
 from layercut.sharing import Filesystem, Mount, mount_of, read_mounts, sharing_filesystem, whole_blocks
 from layercut.source import resolve
 from layercut.verify import verify
+from layercut.ways import by_direct_write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -171,6 +173,30 @@ def test_the_plan_says_what_it_was_laid_out_for(tmp_path: Path) -> None:
         assert plain.notes == ()
         assert {file.header_size for file in plain.actions.files} == {None}
     assert Plan.from_json(laid.to_json()) == laid
+
+
+def test_elsewhere_long_runs_are_laid_out_for_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of 256 MB and more; here of 2 MB, so that little is written. Rows of 520 numbers make layers that are no whole blocks."""
+    monkeypatch.setattr(Grid, "direct", lambda: Grid(512, 2 << 20))
+    source = write(tmp_path / "m", llama(4, 520, 1040, 4096, 520, shards=2))
+    recipe = load_recipe(recipe_in(tmp_path, source, "steps: [{duplicate: {at: [1, 2]}}]"))
+    plan = build_plan(recipe, resolve=resolve, measure=None, sharing=lambda files: None)  # type: ignore[arg-type]
+    assert plan.notes == ("laid out for direct writes",)
+    done: list[int] = []
+
+    def spy(*step: int) -> int:
+        done.append(by_direct_write(*step))
+        return done[-1]
+
+    monkeypatch.setattr(copying, "WHOLE", (spy,))
+    execute(plan, tmp_path / "out", progress=False)
+    assert list(digests(tmp_path / "out").items()) == list(expected(plan).items())
+    assert sum(done) == 0 or sum(done) > 0.6 * plan.weight_bytes  # none where the file system knows no direct writes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copying, "WHOLE", ())
+        execute(plan, tmp_path / "buffered", progress=False)
+    both = [sorted(folder.glob("*.safetensors")) for folder in (tmp_path / "out", tmp_path / "buffered")]
+    assert [path.read_bytes() for path in both[0]] == [path.read_bytes() for path in both[1]]
 
 
 def test_small_models_are_laid_out_as_ever(byte_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
