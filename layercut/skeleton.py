@@ -54,12 +54,17 @@ class Skeleton(Staged):
 
         Raises CheckpointError when transformers does not know the model.
         """
-        model = _on_meta(checkpoint, dtype, kind)
+        model, whole = _on_meta(checkpoint, dtype, kind)
         super().__init__(model, layers_of(model, depth, prefix), checkpoint.folder, REFUSAL)
         self.device, self.dtype, self._weights = device, dtype, weights
         self._path = next(name for name, module in model.named_modules() if module is self._stack).split(".")
         self._names, self._rest = _split(checkpoint, prefix, depth)
         self._ties = self._tied()
+        self._top, self._prefix = model, ""
+        """What is loaded as one, and where the model stands in it."""
+        self._whole = whole
+        self._scattered = False
+        """Whether the file keeps weights of layers outside of them."""
 
     @property
     def rest_size(self) -> int:
@@ -95,9 +100,16 @@ class Skeleton(Staged):
     @contextmanager
     def rest(self) -> Iterator[None]:
         """Everything but the layers, loaded."""
-        self._fill(self.model, self._rest)
-        self.model.eval()
         try:
+            missing = self._fill(self._top, self._rest)
+            if missing and self._whole is not None:  # some names of the file are understood only by the class that wrote it
+                _unload(self.model)
+                self._prefix, self._top = f"{self._whole.base_model_prefix}.", _bare(self._whole)
+                self._top._modules[self._prefix[:-1]] = self.model
+                self._path, self._whole = [self._prefix[:-1], *self._path], None
+                missing = self._fill(self._top, self._rest)
+            self._check(missing)
+            self.model.eval()
             yield
         finally:
             _unload(self.model)
@@ -105,10 +117,18 @@ class Skeleton(Staged):
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """One layer, loaded."""
-        self._fill(self._shell(index), self._names[index], index)
-        layer = self.layers[index].eval()
+        layer, names = self.layers[index], self._names[index]
         try:
-            yield layer
+            missing = self._fill(self._shell(index), [*names, *(self._rest if self._scattered else ())], index)
+            if missing and not self._scattered:
+                _unload(layer)
+                missing = self._fill(self._shell(index), [*names, *self._rest], index)
+                self._scattered = not missing
+            if any(name in self._ties for name in missing):
+                message = f"this model cannot be streamed layer by layer: layer {index} shares weights with another one"
+                raise RefusedError(message, where=self.folder, hint=WHOLE)
+            self._check(missing)
+            yield layer.eval()
         finally:
             _unload(layer)
 
@@ -123,8 +143,8 @@ class Skeleton(Staged):
 
     def _shell(self, index: int) -> nn.Module:
         """A model that shares everything with the skeleton but its modules: of those it has the way down to one layer only."""
-        shell = node = _bare(self.model)
-        inner = self.model
+        shell = node = _bare(self._top)
+        inner = self._top
         for part in self._path[:-1]:
             inner = inner._modules[part]  # type: ignore[assignment]
             node._modules[part] = node = _bare(inner)
@@ -132,10 +152,11 @@ class Skeleton(Staged):
         node._modules[self._path[-1]] = Single(layers, index)
         return shell
 
-    def _fill(self, model: nn.Module, names: Sequence[str], layer: int | None = None) -> None:
+    def _fill(self, model: nn.Module, names: Sequence[str], layer: int | None = None) -> set[str]:
         """Load weights into a model on the meta device, as transformers loads them: renamed, fused, cast, buffers computed.
 
-        For a layer, `model` is its shell. Raises RefusedError when it has values that neither its file nor its class gives.
+        For a layer, `model` is its shell. Of `names` those are read that belong there. Returns what was not among them. Raises
+        RefusedError when the layer has values that neither its file nor its class gives.
         """
         if layer is not None:
             self._compute_all(model, self.layers[layer], layer)
@@ -162,11 +183,13 @@ class Skeleton(Staged):
             raise
         except Exception as error:  # transformers and its backends have no common base class
             raise CheckpointError(f"transformers cannot load this model: {first_line(error)}", where=self.folder) from None
-        if layer is not None and any(name in self._ties for name in found["missing_keys"]):
-            message = f"this model cannot be streamed layer by layer: layer {layer} shares weights with another one"
-            raise RefusedError(message, where=self.folder, hint=WHOLE)
-        missing = {name for name in found["missing_keys"] if not self._computed(name)}
-        check_complete({**found, "missing_keys": missing}, self.folder, f"if it loads as a whole, {WHOLE}")
+        check_complete({**found, "missing_keys": ()}, self.folder)
+        missing = {name.removeprefix(self._prefix) for name in found["missing_keys"]}
+        return {name for name in missing if not self._computed(name)}
+
+    def _check(self, missing: set[str]) -> None:
+        """Raise CheckpointError when a weight is missing."""
+        check_complete({"missing_keys": missing, "mismatched_keys": ()}, self.folder, f"if it loads as a whole, {WHOLE}")
 
     def _computed(self, name: str) -> bool:
         """Whether the class that config.json names says that a weight need not be in the file: positions that follow a formula."""
@@ -198,7 +221,8 @@ class Skeleton(Staged):
         shell.__dict__["_initialize_missing_keys"] = watched
 
 
-def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype, kind: Any) -> nn.Module:
+def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype, kind: Any) -> tuple[nn.Module, Any]:
+    """A model of that kind, and the one of the class that config.json names where that is another one around it."""
     folder = checkpoint.folder
     if checkpoint.config.get("quantization_config") is not None:
         raise RefusedError("a quantised model cannot be streamed layer by layer", where=folder, hint=WHOLE)
@@ -207,23 +231,22 @@ def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype, kind: Any) -> nn.Module
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             config.use_cache = False
             with torch.device("meta"):
-                model = _built(folder, config, dtype, kind)
+                model, whole = _built(folder, config, dtype, kind)
     except Exception as error:  # the same: no common base class
         raise own_code(error, folder) or CheckpointError(
             f"transformers cannot load this model: {first_line(error)}", where=folder
         ) from None
-    return model.eval()
+    return model.eval(), whole
 
 
-def _built(folder: Path, config: Any, dtype: torch.dtype, kind: Any) -> nn.Module:
+def _built(folder: Path, config: Any, dtype: torch.dtype, kind: Any) -> tuple[nn.Module, Any]:
     """A model of that kind. The bare model is that of the class which config.json names: it has what the task needs and no more."""
     named = named_class(folder) if kind is AutoModel else None
     if named is not None and isinstance(config, named.config_class or ()):
         whole = named._from_config(config, dtype=dtype)
         bare: nn.Module = whole.base_model
-        return bare
-    model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=False)
-    return model
+        return bare, whole if bare is not whole else None
+    return kind.from_config(config, dtype=dtype, trust_remote_code=False), None
 
 
 def _split(checkpoint: Checkpoint, prefix: str, depth: int) -> tuple[list[list[str]], list[str]]:

@@ -30,7 +30,7 @@ class Staged:
     def __init__(self, model: nn.Module, stack: nn.ModuleList, folder: Path, refusal: Refusal) -> None:
         self.model, self.folder, self._refusal = model, folder, refusal
         self.layers = list(stack)
-        self._stack, self._form = stack, 0
+        self._stack, self._form, self._sure = stack, 0, False
         for index, layer in enumerate(self.layers):
             stack[index] = StandIn(layer, Script([], FORMS[0]))
 
@@ -38,6 +38,12 @@ class Staged:
         """Run the model's forward over the stand-ins. Raises RefusedError when that cannot tell how its layers are called."""
         script, _ = self._play(ids, mask, None)
         assert script.state is not None
+        if not self._sure:
+            try:
+                script.compare(self._play(ids, mask, None, shift=1.0)[0])
+            except Unreadable as error:
+                raise self._refused(str(error)) from None
+            self._sure = True
         return Recording(script.state, script.calls)
 
     def finish(self, ids: Tensor, mask: Tensor | None, last: Tensor) -> Any:
@@ -65,10 +71,10 @@ class Staged:
             raise RefusedError(message, where=self.folder, hint="it cannot be measured")
         return output
 
-    def _play(self, ids: Tensor, mask: Tensor | None, last: Tensor | None) -> tuple[Script, Any]:
+    def _play(self, ids: Tensor, mask: Tensor | None, last: Tensor | None, shift: float = 0.0) -> tuple[Script, Any]:
         furthest, reason = (-1, False), ""
         for form in range(self._form, len(FORMS)):
-            script = Script(self.layers, FORMS[form], last)
+            script = Script(self.layers, FORMS[form], last, shift)
             for stand_in in self._stack:
                 stand_in.__dict__["script"] = script
             try:
@@ -84,4 +90,7 @@ class Staged:
                 continue
             self._form = form
             return script, output
-        raise RefusedError(f"{self._refusal.message}: {reason}", where=self.folder, hint=self._refusal.hint)
+        raise self._refused(reason)
+
+    def _refused(self, reason: str) -> RefusedError:
+        return RefusedError(f"{self._refusal.message}: {reason}", where=self.folder, hint=self._refusal.hint)

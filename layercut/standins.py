@@ -11,6 +11,9 @@ STATE = "hidden_states"
 """What layers call the state, where they do not take it by position."""
 
 
+MORE = "layer {} is given more of what layers before it made than the state"
+
+
 class Call(NamedTuple):
     """What a layer is called with. The state itself is left out: it stands first, or under its name."""
 
@@ -60,10 +63,11 @@ class StandIn(nn.Module):
 class Script:
     """What happens during one forward pass over stand-ins."""
 
-    def __init__(self, layers: Sequence[nn.Module], form: Any, last: Tensor | None = None) -> None:
+    def __init__(self, layers: Sequence[nn.Module], form: Any, last: Tensor | None = None, shift: float = 0.0) -> None:
+        """`shift` is added to the state by each layer: what else changes with it comes from layers."""
         self._layers = list(layers)
         self._form = form
-        self._last = last
+        self._last, self._shift = last, shift
         self._handed: list[Tensor] = []
         self.state: Tensor | None = None
         self.calls: list[Call] = []
@@ -85,14 +89,21 @@ class Script:
         self.calls.append(Call(args[1:], rest, named))
         done = len(self.calls) == len(self._layers)
         # A tensor of its own, so that it is known again wherever it turns up.
-        self._handed.append(self._last if done and self._last is not None else state.view(state.shape))
+        handed = state + self._shift if self._shift else state.view(state.shape)
+        self._handed.append(self._last if done and self._last is not None else handed)
         return self._form(self._handed[-1])
+
+    def compare(self, other: Script) -> None:
+        """Raise when a layer is called otherwise in a pass with other states: what it is given is made of them."""
+        for at, (mine, its) in enumerate(zip(self.calls, other.calls, strict=True)):
+            if not _alike([mine.args, mine.kwargs], [its.args, its.kwargs]):
+                raise Unreadable(MORE.format(at))
 
     def _check(self, values: Any) -> None:
         """Raise when a layer is given something that another layer made: it is not known before that one has run."""
         for value in values.values() if isinstance(values, dict) else values:
             if isinstance(value, Mark) or any(value is state for state in self._handed):
-                raise Unreadable(f"layer {len(self.calls)} is given more of what layers before it made than the state")
+                raise Unreadable(MORE.format(len(self.calls)))
             if isinstance(value, tuple | list | dict):
                 self._check(value)
 
@@ -104,3 +115,14 @@ class Script:
 
 class Unreadable(Exception):
     """A forward pass that stand-ins cannot follow."""
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether all tensors in two values of the same form are equal."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
+    if isinstance(one, dict):
+        return isinstance(other, dict) and _alike(list(one.values()), list(other.values()))
+    if isinstance(one, tuple | list):
+        return isinstance(other, tuple | list) and len(one) == len(other) and all(map(_alike, one, other))
+    return True

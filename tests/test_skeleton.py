@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import zoo
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -85,6 +86,35 @@ def test_experts_are_put_together(tmp_path: Path) -> None:
     with made.layer(1) as layer:
         for name, parameter in whole.layers[1].named_parameters():
             assert torch.equal(layer.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "scattered"),
+    [("deepseek_v4", "model.layers.", False), ("inkling2_loop_text", "model.llm.layers.", True)],
+)
+def test_names_that_only_the_class_of_the_file_understands(kind: str, prefix: str, scattered: bool, tmp_path: Path) -> None:
+    """The bare class of the one reads its own names wrong; files of the other keep weights of the layers outside of them."""
+    whole = zoo.tiny_model(kind, "causal").eval()
+    whole.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    weights, stack = Weights(checkpoint), whole.base_model.layers
+    made = Skeleton(checkpoint, weights, len(stack), prefix, CPU, torch.float32)
+    with made.rest():
+        expected = {**dict(whole.base_model.named_parameters()), **dict(whole.base_model.named_buffers())}
+        found = {**dict(made.model.named_parameters()), **dict(made.model.named_buffers())}
+        assert len(found) > 2 and not any(name.startswith("layers.") for name in found)
+        assert all(torch.equal(found[name], expected[name].detach()) for name in found)
+    assert all_meta(made.model)
+    head = whole.get_output_embeddings().weight
+    rest = sum(checkpoint.tensors[name].nbytes for name in made._rest)
+    assert 0 < sum(weights.read.values()) <= 2 * (rest - head.numel() * 4), "the head is not read"
+    for index, own in enumerate(stack):
+        with made.layer(index) as layer:
+            parameters = dict(layer.named_parameters())
+            assert parameters.keys() == dict(own.named_parameters()).keys()
+            assert all(torch.equal(parameters[name], part.detach()) for name, part in own.named_parameters())
+        assert all_meta(layer)
+    assert made._scattered == scattered
 
 
 def test_sizes(tiny: Tiny) -> None:

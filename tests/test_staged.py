@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,3 +58,37 @@ def test_a_model_that_cannot_be_followed_says_what_it_is_told_to(tiny: Tiny) -> 
     stack[1], stack[2] = stack[2], stack[1]
     with pytest.raises(RefusedError, match=r"cannot be staged: its layers do not run once each, in order; do without$"):
         made.record(torch.tensor([[5, 6]]), None)
+
+
+class Collecting(torch.nn.Module):
+    """Every layer is given the states that entered all others, as one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Bilinear(2, 2, 2) for _ in range(3)])
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        state = input_ids[..., None].float().expand(*input_ids.shape, 2)
+        seen = state.unsqueeze(-2)
+        for layer in self.layers:
+            state = layer(state, seen.sum(-2))
+            seen = torch.cat([seen, state.unsqueeze(-2)], -2)
+        return state
+
+
+def test_states_that_are_collected_for_later_layers_are_found() -> None:
+    model = Collecting()
+    made = Staged(model, model.layers, Path("there"), Refusal("cannot be staged", "do without"))
+    with pytest.raises(RefusedError) as caught:
+        made.record(torch.tensor([[5, 6]]), None)
+    said = "there: cannot be staged: layer 1 is given more of what layers before it made than the state; do without"
+    assert str(caught.value) == said
+
+
+def test_whether_a_model_can_be_followed_is_looked_at_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, plays = staged(tiny()), []
+    play = Staged._play
+    monkeypatch.setattr(Staged, "_play", lambda self, *given, **more: plays.append(more) or play(self, *given, **more))
+    for _ in range(3):
+        made.record(torch.tensor([[5, 6]]), None)
+    assert plays == [{}, {"shift": 1.0}, {}, {}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -97,3 +98,36 @@ def test_what_another_layer_made_is_not_known_yet() -> None:
 def test_no_state(state: Any) -> None:
     with pytest.raises(TypeError, match=r"^layer 0 is given no state of \(samples, tokens, hidden\)$"):
         played(lambda layers, _: layers[0](state))
+
+
+def test_what_is_made_of_the_states_of_layers_is_seen_when_these_differ() -> None:
+    """A tensor that was put together from the state of a layer is another one in a pass in which the layers hand on something else."""
+
+    def collecting(layers: list[Any], state: Tensor) -> Tensor:
+        first = layers[0](state)
+        return layers[1](first, extra={"seen": [torch.cat([state, first])]})
+
+    def independent(layers: list[Any], state: Tensor) -> Tensor:
+        return layers[1](layers[0](state), extra={"seen": (torch.cat([state, state]), torch.tensor(math.nan))})
+
+    for forward in (collecting, independent):
+        layers: list[nn.Module] = [Layer(1.0), Layer(2.0)]
+        plain, shifted = Script(layers, FORMS[0]), Script(layers, FORMS[0], shift=1.0)
+        for script in (plain, shifted):
+            forward([StandIn(layer, script) for layer in layers], STATE)
+        plain.compare(plain)
+        if forward is independent:
+            plain.compare(shifted)
+        else:
+            with pytest.raises(Unreadable, match=r"^layer 1 is given more of what layers before it made than the state$"):
+                plain.compare(shifted)
+
+
+def test_layers_that_are_handed_on_more_can_be_shifted() -> None:
+    layers: list[nn.Module] = [Layer(1.0), Layer(2.0)]
+    script = Script(layers, FORMS[0], shift=0.5)
+    first, second = (StandIn(layer, script) for layer in layers)
+    assert torch.equal(second(first(STATE)), STATE + 1)
+    last = Script(layers, FORMS[0], STATE * 7, shift=0.5)
+    first, second = (StandIn(layer, last) for layer in layers)
+    assert torch.equal(second(first(STATE)), STATE * 7), "the last state is what was given"
