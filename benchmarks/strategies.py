@@ -70,7 +70,7 @@ class Bench:
         self._judge = Meter(models, text.model_copy(update={"samples": samples + judged}), depths=depths, prefixes=prefixes)
         self.prices = Prices(measure(models, [METRIC], text, depths=depths, prefixes=prefixes), METRIC.label, depths)
 
-    def writable(self, stack: Stack) -> bool:
+    def fits(self, stack: Stack) -> bool:
         """As `searches.Means`: a llama without some layers is a llama."""
         return True
 

@@ -182,7 +182,7 @@ def metrics_page() -> str:
         "before the final norm. Removing layers `[s, s+n)` hands `h_s` to a layer that expects `h_{s+n}`, and repeating them does the",
         "opposite: both cost the distance between the two. All metrics come from one pass over the calibration text, in float64, with",
         "the standard error over samples.", "",
-        "The first of `metrics` decides; the others are shown. A step may name its own.", "",
+        "Choices by distance go by the first of `metrics`; the others are shown. A step may name its own.", "",
         "```yaml", "metrics: [angular, {name: cosine, token: last}, {name: euclidean, token: skip-first-1}]", "```", "",
         *TOKENS,
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from layercut.architecture import Member
 from layercut.calibration import Auto, Calibration
 from layercut.checkpoint import Tensor
 from layercut.ends import find_ends
-from layercut.errors import LayercutError, RecipeError
+from layercut.errors import CalibrationError, CheckpointError, LayercutError, RecipeError, RefusedError
 from layercut.header import ITEM_BITS
 from layercut.layout import FLOATS, layer_tensors
 from layercut.metrics import Metric
@@ -21,7 +21,7 @@ from layercut.operations import Wish
 from layercut.plan import Candidate, Choice, Measurement, Trial
 from layercut.recipe import DTYPES, Recipe
 from layercut.seams import Prices
-from layercut.searches import ALL, Best, Search, find
+from layercut.searches import ALL, QUICK, QUICK_SHARE, Best, Search, find
 from layercut.selectors import count_of
 from layercut.settling import Contest, Question, Way
 from layercut.stack import Block, LayerRef, Stack, blocks_of, joints, runs
@@ -55,8 +55,13 @@ class Evidence:
         question: Question | None = None,
         run: Run | None = None,
         writable: Callable[[Stack], bool] = lambda stack: True,
+        barred: str | None = None,
     ) -> None:
+        """`run` is None where stacks cannot be run, and `barred` says why none is to be, if there is a reason."""
         self.recipe, self.members, self._question, self._run, self.writable = recipe, members, question, run, writable
+        self.barred = "nothing is given that stacks could be run with" if run is None else barred
+        self.compared = False
+        """Whether a choice was made by loss that nobody asked for."""
         self._losses: Losses | None = None
         self.contests: list[Contest] = []
         self.choices: list[Choice] = []
@@ -88,15 +93,15 @@ class Evidence:
         """What stacks lose; the models are made ready when this is first asked for."""
         if self._losses is None:
             if self._run is None:
-                raise LayercutError("nothing is given that stacks could be run with", hint="choose by distance")
+                raise LayercutError(str(self.barred), hint="choose by distance")
             self._losses = self._run(self.members, self.recipe.calibration)
         return self._losses
 
     def note_trials(self, where: str, chosen: str, stack: Stack, build: Build, own: Found, part: Part) -> None:
         """Keep a decision that was made by loss. `stack` is what the step saw, and `own` what was chosen and what was tried."""
         parts = {part: None, **{attempt.part: None for attempt in own.attempts}}
-        before = {part: self.losses.losses([stack], part)[0] for part in parts}
-        (loss,) = self.losses.losses([build(own.blocks)], part)
+        before = {part: self.losses.losses([stack], part, own.share)[0] for part in parts}
+        (loss,) = self.losses.losses([build(own.blocks)], part, own.share)
         as_it_is = [Attempt("as it is", (), before[attempt_part], attempt_part) for attempt_part in {a.part: None for a in own.attempts}]
         trials = []
         for attempt in (*as_it_is, *own.attempts):
@@ -112,9 +117,15 @@ class Evidence:
                     text=attempt.part,
                 )
             )
-        self.choices.append(
-            Choice(where=where, metric=LOSS, chosen=chosen, cost=loss.mean, trials=tuple(trials), run_on=self.losses.about())
-        )
+        about = self.losses.about()
+        if own.share < 1 and isinstance(about.get("held_out"), dict):
+            about["held_out"] |= {"samples": len(loss.counts), "tokens": sum(loss.counts) + len(loss.counts)}
+        self.choices.append(Choice(where=where, metric=LOSS, chosen=chosen, cost=loss.mean, trials=tuple(trials), run_on=about))
+
+    def go_by_distance(self, why: str) -> None:
+        """Forget what was decided, to decide again without what nobody asked for."""
+        self.barred, self.compared = why, False
+        self.contests, self.choices, self.notes = [], [], list(self.measurement.details.get("settling", ())) if self.measurement else []
 
     def note(
         self,
@@ -181,9 +192,9 @@ class Weight(NamedTuple):
 class Means:
     """What the strategy of a step may ask (`searches.Means`)."""
 
-    def __init__(self, evidence: Evidence, metric: Metric | None, last: bool) -> None:
-        """`last` tells whether no step follows, so that the stack that is chosen is the one that is written."""
-        self._evidence, self._metric, self._last = evidence, metric, last
+    def __init__(self, evidence: Evidence, metric: Metric | None, within: Callable[[Stack], bool]) -> None:
+        """`within` tells whether a stack will do."""
+        self._evidence, self._metric, self.fits = evidence, metric, within
 
     @property
     def prices(self) -> Prices:
@@ -194,10 +205,6 @@ class Means:
     def losses(self) -> Losses:
         """What stacks lose."""
         return self._evidence.losses
-
-    def writable(self, stack: Stack) -> bool:
-        """Whether a config can describe the stack; where steps follow, they may mend it."""
-        return not self._last or self._evidence.writable(stack)
 
 
 class StepSite:
@@ -216,13 +223,36 @@ class StepSite:
         return tuple(name for name in self.tensors(layer) if OUTPUTS.search(name.removesuffix(".weight").removesuffix(".bias")))
 
     def choose(self, wish: Wish) -> tuple[Block, ...]:
+        if wish.strategy is not None:
+            return self._choose(wish, ALL[wish.strategy] if wish.candidates is None else Best(wish.candidates))
+        reason = self.evidence.barred
+        if isinstance(self.evidence.recipe.calibration.samples, Auto):
+            reason = "samples: auto weighs distances"
+        elif "max_distance" in wish.budget:
+            reason = "max_distance bounds a distance"
+        elif wish.verb == "replace":
+            reason = "what is lost is not known before the map is fitted"
+        if reason is None:
+            try:
+                chosen = self._choose(wish, Best(QUICK, QUICK_SHARE))
+                self.evidence.compared = True
+                return chosen
+            except (CalibrationError, CheckpointError, RefusedError) as error:
+                if self.evidence.measurement is None or "max_loss_increase" in wish.budget:  # nothing else can be done
+                    raise
+                self.evidence.barred = reason = error.message
+        chosen = self._choose(wish._replace(strategy="block"), ALL["block"])
+        if chosen:
+            self.evidence.notes.append(f"{self._name}: chosen by distance alone (strategy block): {reason}")
+        return chosen
+
+    def _choose(self, wish: Wish, strategy: Strategy) -> tuple[Block, ...]:
         ((key, value),) = wish.budget.items()
         task = Task(wish.stack, 0, wish.build, wish.verb == "repeat", wish.protect)
         if key in UNITS and self._amount(key, wish.stack) <= value:
             self.evidence.notes.append(f"{self._name}: the model has {self._amount(key, wish.stack):,} {UNITS[key]}: nothing is removed")
             return ()
         counts = self._counts(key, value, task, wish)  # a number that cannot be is told before anything is measured
-        strategy: Strategy = Best(wish.candidates) if wish.candidates is not None else ALL[wish.strategy]
         means = self._means(wish)
         if key == "max_loss_increase":
             return self._choose_by_increase(value, counts, task, wish, strategy)
@@ -244,7 +274,13 @@ class StepSite:
         raise self._out_of_reach(key, value, wish, nearest, means)
 
     def _means(self, wish: Wish) -> Means:
-        return Means(self.evidence, wish.metric, self.path[1:2] == (len(self.evidence.recipe.steps) - 1,))
+        ((key, value),) = wish.budget.items()
+        last = self.path[1:2] == (len(self.evidence.recipe.steps) - 1,)  # where steps follow, they may mend a stack
+
+        def within(stack: Stack) -> bool:
+            return (key not in UNITS or self._amount(key, stack) <= value) and (not last or self.evidence.writable(stack))
+
+        return Means(self.evidence, wish.metric, within)
 
     def _choose_by_increase(self, value: str, counts: Sequence[int], task: Task, wish: Wish, strategy: Strategy) -> tuple[Block, ...]:
         """The most layers within a loss. Every number is tried, as more layers may lose less."""

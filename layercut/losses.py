@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from layercut.calibration import Auto, Calibration
 from layercut.checkpoint import Checkpoint
 from layercut.encoding import SharedTokenizer
 from layercut.engine import batches
-from layercut.errors import CalibrationError, CheckpointError, RefusedError
+from layercut.errors import CalibrationError, CheckpointError, LayercutError, RefusedError
 from layercut.exceptions import PADDED
 from layercut.loading import load_tokenizer, pick_device, pick_dtype, quiet
 from layercut.measurements import Measurements, key_of
@@ -228,14 +229,16 @@ class Meter:
 
     def _run(self, orders: Sequence[Order], reading: Reading, start: int, stop: int) -> list[list[float]]:
         """Sums of every stack for the samples from `start` to `stop`, the same on every rank."""
-        players = self._loaded(reading)
+        with self._together():
+            players = self._loaded(reading)
         roots, sums = Node.of(orders), torch.zeros(len(orders), stop - start, dtype=torch.float64)
         length, width = max(map(len, reading.text.ids[start:stop])), max(player.logit_size for player in players.values())
         size = max(1, min(self._calibration.batch_size, LOGIT_BYTES // (length * width)))
         total = len(orders) * len(range(start, stop)[self._ranks.seat.rank :: self._ranks.seat.world])
         alike = any(model.config.get("model_type") in PADDED for model in self._models.values())
         name = f"losses of {len(orders)} stacks" if len(orders) > 1 else "loss"
-        with tqdm(total=total, desc=name, unit="sample", disable=not self._progress, leave=False) as bar, quiet(), torch.inference_mode():
+        shown = tqdm(total=total, desc=name, unit="sample", disable=not self._progress, leave=False)
+        with self._together(), shown as bar, quiet(), torch.inference_mode():
             for batch in self._ranks.share(batches(reading.text, start, stop, size, alike)):
                 try:
                     self._run_batch(batch, players, orders, roots, sums, start, bar)
@@ -245,6 +248,22 @@ class Meter:
         whole = json.dumps(torch.stack([state["sums"] for state, _ in found]).sum(0).tolist()) if found else None
         rows: list[list[float]] = json.loads(self._ranks.hand_out("losses", whole))
         return rows
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What fails on one rank fails on all: some choices go on without losses then, and all ranks must."""
+        failure: LayercutError | None = None
+        try:
+            yield
+        except LayercutError as error:
+            failure = error
+        said = torch.tensor(list(str(failure or "").encode()), dtype=torch.uint8)
+        found = [bytes(state["said"].tolist()).decode() for state, _ in self._ranks.collect({"said": said}, {})]
+        first = self._ranks.hand_out("losses failed", next(filter(None, found), ""))
+        if failure is not None:
+            raise failure
+        if first:
+            raise CalibrationError(first)
 
     def _run_batch(
         self,
@@ -328,7 +347,7 @@ def _named(calibration: Calibration, part: Part) -> str:
     """Which text a part is, in words."""
     first = f"the first {calibration.most} samples" if part == "calibration" else f"up to {calibration.most} samples that follow those"
     if calibration.source == "builtin":
-        return "the built-in text" if part == "calibration" else "the held-out part of the built-in text"
+        return "the built-in text" if part == "calibration" else "the held-out part of the built-in text, from its end"
     return f"{first}, in turns" if calibration.source == "mix" else first
 
 

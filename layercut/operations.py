@@ -39,7 +39,8 @@ class Wish(NamedTuple):
     """The stack that comes of a choice of disjoint blocks of positions, in order."""
     budget: Mapping[str, Any]
     """One entry: the key of the budget (`layers`, `params`, `size`, `max_distance`, `max_loss_increase`) and its value."""
-    strategy: StrategyName
+    strategy: StrategyName | None
+    """None for what is done by itself: `best` of few candidates where losses can be had, else `block`."""
     metric: Metric | None
     protect: frozenset[int]
     candidates: tuple[Candidate, ...] | None = None
@@ -81,12 +82,13 @@ class Chosen(Operation):
     """How many layers: a count, or a percentage of the stack rounded down. Which ones the strategy says."""
     at: Selectors | None = None
     """Which layers: indices, inclusive ranges "a-b", or {every, from, to}; negative ones count from the end."""
-    strategy: StrategyName = "block"
-    """How layers are chosen: docs/strategies.md says what each costs, and when to take which."""
+    strategy: StrategyName | None = None
+    """How layers are chosen: docs/strategies.md says what each costs, and when to take which. If not set, `best` of `block`, `blocks` and
+    `rank`, or `block` where no loss can be had; the plan says so then."""
     candidates: Annotated[tuple[Candidate, ...], Field(min_length=1)] | None = None
-    """Strategies that `best` compares; all but `evolve` if not set."""
+    """Strategies that `best` compares; with `strategy: best` all but `evolve` if not set."""
     metric: MetricSpec | None = None
-    """Metric that decides here; the first metric of the recipe if not set."""
+    """Metric that choices by distance go by here; the first metric of the recipe if not set."""
     protect: Selectors | None = None
     """Layers that are never chosen, written as for `at`."""
 
@@ -106,14 +108,19 @@ class Chosen(Operation):
         if self.at is not None and choosing:
             message = "with 'at' nothing is chosen: strategy, metric and protect go with a budget"
             raise PydanticCustomError("chosen", message, {"at": choosing[0]})
-        if self.candidates is not None and self.strategy != "best":
+        if self.candidates is not None and self.strategy not in (None, "best"):
             raise PydanticCustomError("candidates", "'candidates' goes with strategy best", {"at": "candidates"})
         return self
 
     @property
     def runs(self) -> bool:
         """Whether stacks have to be run to choose layers."""
-        return self.at is None and isinstance(ALL[self.strategy], Search)
+        return self.at is None and self._named is not None and isinstance(ALL[self._named], Search)
+
+    @property
+    def _named(self) -> StrategyName | None:
+        """The strategy that is asked for; whoever names candidates wants them compared."""
+        return "best" if self.candidates is not None else self.strategy
 
     def blocks(self, verb: Verb, stack: Stack, site: Site, build: Callable[[Sequence[Block]], Stack]) -> tuple[Block, ...]:
         """The blocks of positions that are meant."""
@@ -121,7 +128,7 @@ class Chosen(Operation):
             return blocks_of(positions(self.at, len(stack), site))
         budget = {key: value for key in self.budgets if (value := getattr(self, key)) is not None}
         safe = frozenset() if self.protect is None else frozenset(positions(self.protect, len(stack), site, "protect"))
-        return site.choose(Wish(verb, stack, build, budget, self.strategy, self.metric, safe, self.candidates))
+        return site.choose(Wish(verb, stack, build, budget, self._named, self.metric, safe, self.candidates))
 
 
 def _without(stack: Stack, blocks: Sequence[Block]) -> Stack:
@@ -130,7 +137,7 @@ def _without(stack: Stack, blocks: Sequence[Block]) -> Stack:
 
 
 class Prune(Chosen):
-    """Remove layers: chosen by distance within a budget, or named (`at`)."""
+    """Remove layers: chosen by measurement within a budget, or named (`at`)."""
 
     params: ParameterCount | None = None
     """Remove as few layers as bring the model to at most so many parameters, for example `6B`."""
@@ -143,11 +150,12 @@ class Prune(Chosen):
 
     budgets: ClassVar[tuple[str, ...]] = ("layers", "params", "size", "max_distance", "max_loss_increase")
     examples: ClassVar[tuple[str, ...]] = (
-        "- prune: {layers: 6}                        # the block of six that costs least",
+        "- prune: {layers: 6}                        # by distance, in three ways; the one that loses least on held-out text",
+        "- prune: {layers: 6, strategy: block}       # the block of six that costs least; nothing is run to compare",
         "- prune: {layers: 25%, strategy: blocks, protect: [0, -1]}  # any blocks, never the first or the last layer",
         "- prune: {size: 12GB}                       # as few layers as bring the weights to 12 GB",
         "- prune: {max_distance: 0.2}                # as many as keep the seam that cheap",
-        "- prune: {layers: 6, strategy: best}        # what each strategy chooses is run on held-out text; the best one is taken",
+        "- prune: {layers: 6, strategy: best}        # what more strategies choose, by loss too, is compared; it takes longer",
         "- prune: {max_loss_increase: 5%, strategy: greedy}  # as many as keep the loss within 5 %",
         '- prune: {at: [3, 7, "20-24"]}              # these layers; a dash is inclusive',
         "- prune: {at: {every: 2, from: 8, to: 24}}  # 8, 10, ... 24",
@@ -186,7 +194,7 @@ class Duplicate(Chosen):
     examples: ClassVar[tuple[str, ...]] = (
         '- duplicate: {at: "10-20"}              # 10 to 20 run twice, one block after the other',
         "- duplicate: {at: [4, 8, 12], times: 2} # three layers, each run three times in a row",
-        "- duplicate: {layers: 8}                # the block of eight that costs least",
+        "- duplicate: {layers: 8}                # eight layers, chosen as for prune",
     )
 
     def apply(self, stack: Stack, site: Site) -> Stack:

@@ -87,9 +87,14 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: S
 
 def _evidence(recipe: Recipe, giving: Mapping[str, Member], measure: Measure, run: Run | None) -> Evidence:
     """What decides with this recipe. Raises RecipeError where it asks for losses that cannot be had."""
-    _check_searches(recipe, giving)
+    barred = _barred(recipe, giving)
+    for at, step in enumerate(recipe.steps):
+        if barred is not None and step.operation.runs:  # type: ignore[attr-defined]
+            message = f"{barred.message} (steps.{at}.{step.name})"  # type: ignore[attr-defined]
+            raise RecipeError(message, where=barred.where, hint=barred.hint)
     question = Question(_what_decides(recipe), partial(_contests, recipe, giving))
-    return Evidence(recipe, giving, measure, question, run, partial(_writable, recipe, giving))
+    why = None if barred is None else barred.message
+    return Evidence(recipe, giving, measure, question, run, partial(_writable, recipe, giving), why)
 
 
 def _writable(recipe: Recipe, members: Mapping[str, Member], stack: Stack) -> bool:
@@ -102,18 +107,19 @@ def _writable(recipe: Recipe, members: Mapping[str, Member], stack: Stack) -> bo
     return True
 
 
-def _check_searches(recipe: Recipe, members: Mapping[str, Member]) -> None:
-    """Raise where a choice by loss cannot be made: no rule says how much text settles it, and ends are run as their model has them."""
-    steps = enumerate(recipe.steps)
-    named = [f"steps.{at}.{step.name}" for at, step in steps if step.operation.runs]  # type: ignore[attr-defined]
-    if named and isinstance(recipe.calibration.samples, Auto):
-        message = f"samples: auto cannot tell whether a choice by loss is settled ({named[0]})"
-        raise RecipeError(message, where=recipe.where("calibration", "samples"), hint="give a number of samples")
-    for checkpoint, stack in members.values() if named else ():
+def _barred(recipe: Recipe, members: Mapping[str, Member]) -> RecipeError | None:
+    """Why nothing can be chosen by loss: no rule says how much text settles it, and ends are run as their model has them."""
+    if isinstance(recipe.calibration.samples, Auto):
+        message = "samples: auto cannot tell whether a choice by loss is settled"
+        return RecipeError(message, where=recipe.where("calibration", "samples"), hint="give a number of samples")
+    scalings = [groups for groups in end_scalings(recipe) if groups]
+    for checkpoint, stack in members.values() if scalings else ():
         for name in checkpoint.tensors:
-            if stack.place(name) is None and any(factors(groups, name) for groups in end_scalings(recipe)):
-                message = f"{name} is outside the layers and scaled: what stacks lose with that is not known ({named[0]})"
-                raise RecipeError(message, where=recipe.where("parameters"), hint="choose by distance, or scale tensors of layers only")
+            if stack.place(name) is None and any(factors(groups, name) for groups in scalings):
+                message = f"{name} is outside the layers and scaled: what stacks lose with that is not known"
+                hint = "choose by distance, or scale tensors of layers only"
+                return RecipeError(message, where=recipe.where("parameters"), hint=hint)
+    return None
 
 
 def _lay_out(recipe: Recipe, used: Mapping[str, Member], stack: Stack, ends: Ends, sharing: Sharing | None) -> tuple[Layout, list[str]]:
@@ -151,7 +157,25 @@ def _contests(recipe: Recipe, members: Mapping[str, Member], measurement: Measur
 
 
 def _stack(recipe: Recipe, evidence: Evidence) -> Stack:
-    """The stack that the recipe describes, every `auto` decided."""
+    """The stack that the recipe describes, every `auto` decided.
+
+    What is compared by loss though nobody asked for that must not spoil what works by distance: then the choice is made by distance.
+    """
+    try:
+        stack = _decided(recipe, evidence)
+        if not evidence.compared or evidence.writable(stack):
+            return stack
+        why = "no config can describe what was chosen by loss"
+    except (RecipeError, RefusedError) as error:
+        if not evidence.compared:
+            raise
+        why = f"what was chosen by loss does not go with the other steps ({error.message})"
+    evidence.go_by_distance(why)
+    return _decided(recipe, evidence)
+
+
+def _decided(recipe: Recipe, evidence: Evidence) -> Stack:
+    """The starting stack, after all steps."""
     sites = [StepSite(evidence, ("steps", number, step.name)) for number, step in enumerate(recipe.steps)]  # type: ignore[attr-defined]
     steps = [(step.operation, site) for step, site in zip(recipe.steps, sites, strict=True)]  # type: ignore[attr-defined]
     return apply_all(_start(recipe, evidence), steps)

@@ -83,19 +83,21 @@ class Reading(NamedTuple):
 def read(calibration: Calibration, tokenizer: SharedTokenizer, completions: bool = False, held_out: bool = False) -> Reading:
     """The samples: of each source its share, in turns. A source that ends too soon gives fewer, and no other fills in for it.
 
-    `held_out` gives as many others, none of which is among the first: of the built-in text its other part, of other sources those that
-    follow. With `completions` it is found out which tokens the assistant wrote. Raises CalibrationError when a source that was asked for
-    samples has none.
+    `held_out` gives as many others, none of which is among the first: of the built-in text its other part, from the end, as `evaluate`
+    begins at its beginning, and of other sources those that follow. With `completions` it is found out which tokens the assistant wrote.
+    Raises CalibrationError when a source that was asked for samples has none.
     """
     parts = sources(calibration)
     mixed = isinstance(calibration, MixCalibration)
     tallies = [Tally(part.title) if mixed else Tally() for part in parts]
     wanted = shares([getattr(part, "weight", 1) for part in parts], calibration.most)
-    found = [
-        shuffled(samples(passages(part, held_out, tally), tokenizer, calibration, tally, completions), calibration.seed)
+    whole = [
+        samples(passages(part, held_out, tally), tokenizer, calibration, tally, completions)
         for part, tally in zip(parts, tallies, strict=True)
     ]
-    passed = [count if held_out and part.source != "builtin" else 0 for part, count in zip(parts, wanted, strict=True)]
+    own = [held_out and part.source == "builtin" for part in parts]
+    found = [reversed(list(all_)) if back else shuffled(all_, calibration.seed) for all_, back in zip(whole, own, strict=True)]
+    passed = [count if held_out and not back else 0 for back, count in zip(own, wanted, strict=True)]
     found = [itertools.islice(one, count, None) for one, count in zip(found, passed, strict=True)]
     text, owners = Text([], []), list[int]()
     for number in turns(wanted):

@@ -206,9 +206,9 @@ class Recipe(Record):
     calibration: Calibration = BuiltinCalibration()
     """Text on which distances are measured when something is `auto`."""
     metric: MetricSpec | None = None
-    """The metric that decides, when there is only one."""
+    """The metric that choices by distance go by, when there is only one."""
     metrics: Annotated[tuple[MetricSpec, ...], Field(min_length=1)] | None = None
-    """Metrics that are measured and reported; the first decides."""
+    """Metrics that are measured and reported; choices by distance go by the first."""
     parameters: Parameters | None = None
     """Factors for the tensors of all slices, or of the model."""
     base_model: Name | None = None

@@ -78,3 +78,5 @@ class Found(NamedTuple):
 
     blocks: tuple[Block, ...]
     attempts: tuple[Attempt, ...] = ()
+    share: float = 1.0
+    """Share of the samples of the text that it was tried on."""

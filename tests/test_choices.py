@@ -12,7 +12,7 @@ from conftest import write_checkpoint
 from layercut.architecture import Member, find_stack
 from layercut.checkpoint import Checkpoint, open_checkpoint
 from layercut.choices import Evidence, StepSite
-from layercut.errors import LayercutError, RecipeError
+from layercut.errors import CalibrationError, CheckpointError, LayercutError, RecipeError, RefusedError
 from layercut.metrics import Angular, Cosine
 from layercut.operations import Wish
 from layercut.plan import Candidate, Choice, Measurement, Plan, Table, TensorMade, Trial
@@ -395,6 +395,7 @@ class Running:
     def __init__(self, *costs: float, held_out: Sequence[float] | None = None) -> None:
         self.costs = {"calibration": costs, "held out": costs if held_out is None else held_out}
         self.opened, self.asked, self.released = 0, 0, 0
+        self.shares: list[float] = []
 
     def __call__(self, members: Mapping[str, Member], calibration: Any) -> Running:
         self.opened += 1
@@ -402,6 +403,7 @@ class Running:
 
     def losses(self, stacks: Sequence[Stack], part: str = "calibration", share: float = 1.0) -> list[Loss]:
         self.asked += len(stacks)
+        self.shares.append(share)
         missing = [{*range(DEPTH)} - {layer.index for layer in stack} for stack in stacks]
         return [Loss((4 + sum(self.costs[part][at] for at in sorted(gone)),), (1,)) for gone in missing]
 
@@ -518,7 +520,7 @@ def test_layers_are_repeated_by_loss(model: Checkpoint) -> None:
 
 def test_a_distance_after_a_loss_gives_memory_back_first(model: Checkpoint) -> None:
     run = Running(0.5, 0.1, 0.3, 0.2, 0.4, 0.6)
-    plan = searched(model, "layers: 1, strategy: loss}\n- prune: {layers: 1", run, Meter(distances()))
+    plan = searched(model, "layers: 1, strategy: loss}\n- prune: {layers: 1, strategy: block", run, Meter(distances()))
     assert run.released == 1 and [choice.metric for choice in plan.choices] == ["loss", "angular[last]"]
 
 
@@ -542,3 +544,195 @@ def test_ends_that_are_scaled_are_not_run(model: Checkpoint) -> None:
 
 def test_a_planner_that_cannot_run_anything_says_so(model: Checkpoint) -> None:
     assert complaint(model, "layers: 1, strategy: loss", None) == "nothing is given that stacks could be run with; choose by distance"
+
+
+# Without a strategy
+
+
+def planted() -> list[list[float]]:
+    """Layers 1 and 4 change the state least, each by itself; no two seams are as cheap as that over layers 2 and 3."""
+    matrix = [[0.0 if i == j else 0.5 for j in range(DEPTH + 1)] for i in range(DEPTH + 1)]
+    for i, j, value in ((1, 2, 0.05), (4, 5, 0.05), (2, 3, 0.3), (3, 4, 0.3), (2, 4, 0.08)):
+        matrix[i][j] = matrix[j][i] = value
+    return matrix
+
+
+def by_rank() -> Running:
+    """Held-out text on which layers 1 and 4 are missed least."""
+    return Running(*[9.0] * 6, held_out=(9, 0.1, 0.3, 0.3, 0.1, 9))
+
+
+class Unable(Running):
+    """Models that cannot be run."""
+
+    def __init__(self, error: LayercutError) -> None:
+        super().__init__()
+        self.error = error
+
+    def losses(self, stacks: Sequence[Stack], part: str = "calibration", share: float = 1.0) -> list[Loss]:
+        self.asked += 1
+        raise self.error
+
+
+ALONE = "steps.0.prune: chosen by distance alone (strategy block): "
+
+
+def test_choices_by_distance_are_compared_by_loss(model: Checkpoint) -> None:
+    run, measure = by_rank(), Meter(planted())
+    plan = searched(model, "layers: 2", run, measure)
+    (choice,) = plan.choices
+    assert (choice.metric, choice.chosen, choice.cost) == ("loss", "remove layers [1, 2) + [4, 5)", 4.2)
+    assert [(trial.name, trial.chosen, trial.text) for trial in choice.trials] == [
+        ("as it is", "", "held out"),
+        ("block", "[2, 4)", "held out"),
+        ("blocks", "[2, 4)", "held out"),
+        ("rank", "[1, 2) + [4, 5)", "held out"),
+    ]
+    assert kept(plan) == [0, 2, 3, 5] and plan.notes == () and measure.calls == 1
+    assert {*run.shares} == {0.5}, "half of the text"
+    assert [round(seam.distances["angular[last]"].mean, 6) for seam in plan.seams] == [0.05, 0.05]
+    near = searched(model, "layers: 2", Running(*[9.0] * 6, held_out=(9, 0.3, 0.1, 0.1, 0.3, 9)), Meter(planted()))
+    assert near.choices[0].chosen == "remove layers [2, 4)" and kept(near) == [0, 1, 4, 5]
+
+
+def test_of_equal_losses_the_block_is_taken(model: Checkpoint) -> None:
+    assert kept(searched(model, "layers: 2", Running(*[0.1] * 6), Meter(planted()))) == [0, 1, 4, 5]
+
+
+def test_candidates_are_chosen_by_the_metric_of_the_step(model: Checkpoint) -> None:
+    def measure(members: Any, metrics: Sequence[Any], calibration: Any) -> Measurement:
+        found = [Meter(planted() if metric.name == "cosine" else distances())(members, [metric], calibration) for metric in metrics]
+        return found[0].model_copy(update={"tables": tuple(table for one in found for table in one.tables)})
+
+    plan = searched(model, "layers: 2, metric: cosine", by_rank(), measure)
+    assert [trial.chosen for trial in plan.choices[0].trials] == ["", "[2, 4)", "[2, 4)", "[1, 2) + [4, 5)"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CalibrationError("losses need the models in memory: 9 GB, and 2 GB are left", hint="give more"),
+        RefusedError("model 'm' is an encoder-decoder: the loss of predicting a text is not defined for it", where="/home/me/m"),
+        CheckpointError("the loss of the stack m[0, 1) is not finite"),
+    ],
+)
+def test_where_no_loss_can_be_had_distance_decides(model: Checkpoint, error: LayercutError) -> None:
+    """And the plan says why, without folders of this machine. Who asks for a loss gets the error."""
+    run = Unable(error)
+    plan = searched(model, "layers: 2", run, Meter(planted()))
+    (choice,) = plan.choices
+    assert (choice.metric, choice.chosen, choice.trials) == ("angular[last]", "remove layers [2, 4)", ())
+    assert len(choice.candidates) == 5
+    assert plan.notes == (f"{ALONE}{error.message}",)
+    for named in ("strategy: best", "candidates: [block, rank]", "strategy: loss"):
+        assert complaint(model, f"layers: 2, {named}", run, Meter(planted())) == str(error)
+    with pytest.raises(type(error)):
+        searched(model, "max_loss_increase: 5%", run, Meter(planted()))
+
+
+def test_what_cannot_be_run_is_not_tried_for_every_step(model: Checkpoint) -> None:
+    run = Unable(CalibrationError("no room"))
+    plan = searched(model, "layers: 1}\n- prune: {layers: 1", run, Meter(planted()))
+    assert run.asked == 1
+    assert plan.notes == (f"{ALONE}no room", f"{ALONE}no room".replace("s.0", "s.1"))
+
+
+def test_what_distances_lack_is_no_reason_to_measure_again(model: Checkpoint) -> None:
+    measured = []
+
+    def failing(*_: Any) -> Measurement:
+        measured.append(1)
+        raise CalibrationError("the text is empty")
+
+    assert complaint(model, "layers: 1", by_rank(), failing) == "the text is empty"
+    assert measured == [1]
+
+
+@pytest.mark.parametrize(
+    ("prune", "more", "why"),
+    [
+        ("max_distance: 0.1", "", "max_distance bounds a distance"),
+        ("layers: 2", "calibration: {source: builtin, samples: auto}\n", "samples: auto weighs distances"),
+        (
+            "layers: 2",
+            "parameters: {scale: [{filter: lm_head, value: 0.5}]}\n",
+            "lm_head.weight is outside the layers and scaled: what stacks lose with that is not known",
+        ),
+    ],
+)
+def test_recipes_that_only_a_distance_suits(model: Checkpoint, prune: str, more: str, why: str) -> None:
+    run = by_rank()
+
+    def measure(*given: Any, **_: Any) -> Measurement:
+        return Meter(planted())(*given)
+
+    plan = searched(model, prune, run, measure, more)
+    assert plan.notes == (f"{ALONE}{why}",) and run.opened == 0
+    assert plan.choices[0].chosen == "remove layers [2, 4)"
+
+
+def test_a_map_is_fitted_to_the_nearest_block(model: Checkpoint) -> None:
+    recipe = parse_recipe(YamlText("model: m\nsteps:\n- replace: {layers: 2, with: linear}\n", "r.yaml"))
+    plan = build_plan(recipe, resolve=lambda _: model, measure=Meter(planted()), run=by_rank())
+    why = "what is lost is not known before the map is fitted"
+    assert plan.notes == (ALONE.replace("prune", "replace") + why,)
+    assert plan.choices[0].chosen == "replace layers [2, 4)"
+
+
+def test_repeated_layers_are_compared_too(model: Checkpoint) -> None:
+    recipe = parse_recipe(YamlText("model: m\nsteps:\n- duplicate: {layers: 2}\n", "r.yaml"))
+    plan = build_plan(recipe, resolve=lambda _: model, measure=Meter(planted()), run=by_rank())
+    assert [trial.name for trial in plan.choices[0].trials] == ["as it is", "block", "blocks", "rank"]
+    assert plan.choices[0].chosen == "repeat layers [2, 4)" and kept(plan) == [0, 1, 2, 3, 2, 3, 4, 5]
+
+
+def test_without_a_strategy_candidates_are_compared(model: Checkpoint) -> None:
+    """On all of the held-out text, as for strategy best."""
+    run = by_rank()
+    plan = searched(model, "layers: 2, candidates: [deepest, rank]", run, Meter(planted()))
+    assert [trial.name for trial in plan.choices[0].trials] == ["as it is", "deepest", "rank"] and {*run.shares} == {1.0}
+
+
+def test_a_candidate_that_is_too_heavy_is_not_taken(model: Checkpoint) -> None:
+    """Layers 1 and 4 are missed least, but weigh 18 of the 120 parameters; 2 and 3 weigh 18 too, 3 and 4 weigh 22."""
+    matrix = planted()
+    matrix[2][4] = matrix[4][2] = 0.5
+    matrix[3][5] = matrix[5][3] = 0.01
+    plan = searched(model, f"params: {120 - 20}", by_rank(), Meter(matrix))
+    assert kept(plan) == [0, 1, 2, 5] and parameters(plan) == 98
+    assert [trial.name for trial in plan.choices[0].trials] == ["as it is", "block", "blocks"]
+
+
+def test_as_many_layers_as_the_loss_allows_in_any_way(model: Checkpoint) -> None:
+    plan = searched(model, "max_loss_increase: 6%", by_rank(), Meter(planted()))
+    assert kept(plan) == [0, 2, 3, 5]
+    assert [trial.chosen for trial in plan.choices[0].trials[1:3]] == ["[1, 2)", "[1, 2) + [4, 5)"]
+
+
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 0, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2}
+
+
+def test_what_no_config_can_describe_is_not_taken(tmp_path: Path) -> None:
+    """Every second layer is of another kind: two layers side by side can go, layers 1 and 4 cannot."""
+    hybrid = checkpoint(tmp_path / "m", staircase(), **JAMBA | {"model_type": "jamba"})
+    plan = searched(hybrid, "layers: 2", by_rank(), Meter(planted()))
+    assert kept(plan) == [0, 1, 4, 5] and [trial.name for trial in plan.choices[0].trials[1:]] == ["block", "blocks"]
+    followed = searched(hybrid, 'layers: 2}\n- keep: {at: "0-3"', by_rank(), Meter(planted()))
+    assert kept(followed) == [0, 1, 4, 5] and followed.choices[0].metric == "angular[last]"
+    assert followed.notes == (f"{ALONE}no config can describe what was chosen by loss",)
+    mended = searched(hybrid, "layers: 2}\n- reorder: {to: [0, 2, 1, 3]", by_rank(), Meter(planted()))
+    assert kept(mended) == [0, 3, 2, 5] and mended.choices[0].metric == "loss"
+
+
+def test_distance_decides_where_the_loss_would_break_a_later_step(tmp_path: Path) -> None:
+    """The second step scales a tensor that only layer 1 has: where the loss takes that layer away, the step finds none."""
+    source = checkpoint(tmp_path / "m", {**staircase(), "model.layers.1.extra.weight": f32(2)})
+    later = "layers: 2}\n- scale: {at: 1, tensors: '*extra.weight', by: 0.5"
+    plan = searched(source, later, by_rank(), Meter(planted()))
+    assert kept(plan) == [0, 1, 4, 5] and [choice.metric for choice in plan.choices] == ["angular[last]"]
+    why = "r.yaml:4:27: no tensor of these layers is named '*extra.weight'"
+    assert plan.notes == (f"{ALONE}what was chosen by loss does not go with the other steps ({why.partition(': ')[2]})",)
+    asked = complaint(source, "strategy: best, " + later, by_rank(), Meter(planted()))
+    assert asked.startswith(why)
+    never_there = complaint(source, "layers: 2}\n- scale: {at: 1, tensors: nothing, by: 2", by_rank(), Meter(planted()))
+    assert "no tensor of these layers is named 'nothing'" in never_there

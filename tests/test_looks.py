@@ -81,7 +81,7 @@ def test_documents_are_counted_anew_when_the_numbers_are_not(model: Path, forwar
 def test_another_budget_or_metric_costs_no_forward(model: Path, forwards: list[int]) -> None:
     planned(model)
     forwards.clear()
-    plan = planned(model, steps=[{"prune": {"layers": 3}}], metric={"name": "cosine", "token": "all"})
+    plan = planned(model, steps=[{"prune": {"layers": 3, "strategy": "block"}}], metric={"name": "cosine", "token": "all"})
     assert forwards == []
     assert plan.choices[0].metric == "cosine[all]"
     assert plan.measurement is not None

@@ -32,8 +32,10 @@ from layercut.encoding import SharedTokenizer
 from layercut.errors import CalibrationError, CheckpointError, LayercutError, RecipeError, RefusedError
 from layercut.loading import load_tokenizer
 from layercut.losses import Meter, Node, Order
+from layercut.perplexity import LanguageModel
 from layercut.plan import Plan
 from layercut.players import Player
+from layercut.ranks import Ranks
 from layercut.reading import read
 from layercut.recipe import parse_recipe
 from layercut.report import read_report
@@ -300,6 +302,42 @@ steps:
 # The budget
 
 
+def test_without_a_strategy_choices_by_distance_are_compared(able: Path) -> None:
+    """On half of the held-out text: 2.5 samples are 3. The losses are those of the stacks, and the least is taken."""
+    plan = planned(able, "layers: 2")
+    (choice,) = plan.choices
+    base, *trials = choice.trials
+    assert (base.name, [trial.name for trial in trials]) == ("as it is", ["block", "blocks", "rank"])
+    gone = [[at for part in trial.chosen.split(" + ") for at in range(*json.loads(part.replace(")", "]")))] for trial in trials]
+    own = meter(TEXT, able).losses([removed(6), *(removed(6, *one) for one in gone)], "held out", 0.5)
+    assert [trial.loss for trial in choice.trials] == pytest.approx([loss.mean for loss in own], rel=1e-12)
+    assert choice.cost == min(trial.loss for trial in trials) and plan.notes == ()
+    assert choice.run_on["held_out"] == {
+        "text": "the held-out part of the built-in text, from its end", "samples": 3, "tokens": 72
+    }  # fmt: skip
+    alone = [planned(able, f"layers: 2, strategy: {trial.name}").choices[0].chosen for trial in trials]
+    assert alone == [f"remove layers {trial.chosen}" for trial in trials]
+    assert plan.measurement is not None and all(seam.distances for seam in plan.seams)
+
+
+def test_where_there_is_no_loss_the_block_goes(tiny: Tiny, odd: Callable[[str], Path], documents: Path, tmp_path: Path) -> None:
+    """An encoder, and text that the calibration uses up."""
+    zoo.tiny_model("bert", "masked").save_pretrained(tmp_path / "bert")
+    byte_tokenizer().save_pretrained(tmp_path / "bert")
+    all_of_it = f"source: text, path: {documents}, samples: 10, max_length: 64"
+    for folder, calibration, why in (
+        (tmp_path / "bert", None, "is a masked language model: the loss of predicting a text is not defined for it"),
+        (tiny("llama"), all_of_it, "has no more than the 10 samples that layers are chosen on: none is left to compare choices on"),
+    ):
+        options = {} if calibration is None else {"calibration": calibration}
+        plan, block = planned(folder, "layers: 2", **options), planned(folder, "layers: 2, strategy: block", **options)
+        (note,) = plan.notes
+        assert note.startswith("steps.0.prune: chosen by distance alone (strategy block): ") and note.endswith(why)
+        assert plan.actions == block.actions and plan.choices == block.choices
+        with pytest.raises(LayercutError, match=re.escape(why)):
+            planned(folder, "layers: 2, strategy: best", **options)
+
+
 @pytest.mark.parametrize("strategy", ["greedy", "block", "loss"])
 def test_as_many_layers_go_as_keep_the_loss(gaps: Path, strategy: str) -> None:
     found, sizes = meter(TEXT, gaps), []
@@ -350,10 +388,13 @@ def test_held_out_text_of_the_built_in_text(tiny: Tiny) -> None:
     found = meter(TEXT, tiny("llama"))
     one, other = (found.losses([removed(6)], part)[0] for part in ("calibration", "held out"))  # type: ignore[arg-type]
     assert one != other
-    assert found.about()["held_out"] == {"text": "the held-out part of the built-in text", "samples": 5, "tokens": 120}
+    assert found.about()["held_out"] == {"text": "the held-out part of the built-in text, from its end", "samples": 5, "tokens": 120}
     path = Path(__file__).parent.parent / "layercut" / "data" / "held_out.txt"
-    same = TextCalibration(source="text", path=str(path), samples=5, max_length=24)
-    assert text_of(tiny("llama"), TEXT, held_out=True) == text_of(tiny("llama"), same)
+    every = text_of(tiny("llama"), TextCalibration(source="text", path=str(path), samples=10**6, max_length=24))
+    assert text_of(tiny("llama"), TEXT, held_out=True) == every[:-6:-1]
+    assert text_of(tiny("llama"), TEXT.model_copy(update={"seed": 3}), held_out=True) == every[:-6:-1], "seeds leave it at its end"
+    judged = next(iter(LanguageModel(tiny("llama"))._batches(TEXT)))
+    assert judged == every[:2], "and what evaluate reads is at its beginning"
 
 
 def test_text_of_which_nothing_is_left(tiny: Tiny, documents: Path) -> None:
@@ -493,6 +534,26 @@ def test_ranks_share_the_samples_and_agree(
     assert found[0][0].sums == pytest.approx(alone.sums, rel=1e-12)
     kept = made.all(lambda rank: meter(TEXT, tiny("llama"), ranks=rank, cache=tmp_path).losses(stacks))
     assert kept == found
+
+
+def test_what_fails_on_one_rank_fails_on_all(
+    tiny: Tiny,
+    group: Callable[..., Group],  # noqa: F811
+) -> None:
+    """Choices that go on without losses must do so on every rank, and none may wait for another."""
+    made = group(3, patience=60.0)
+    made.alive(0, 1, 2)
+
+    def failing(rank: Ranks) -> list[str]:
+        own, said = meter(TEXT, tiny("llama"), ranks=rank, memory=1 if rank.seat.rank == 1 else None), []
+        for _ in range(2):
+            with pytest.raises(CalibrationError) as caught:
+                own.losses([removed(6)])
+            said.append(str(caught.value))
+        return said
+
+    found = made.all(failing)
+    assert found[0] == found[1] == found[2] and found[0][0].startswith("losses need the models in memory: ")
 
 
 def test_memory_is_given_back(tiny: Tiny) -> None:

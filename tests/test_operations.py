@@ -131,7 +131,7 @@ def test_budgets(fields: Mapping[str, Any], budget: Mapping[str, Any]) -> None:
     site = Site(Block(0, 1))
     make("prune", **fields).apply(whole(3), site)
     assert site.asked[0].budget == budget
-    assert (site.asked[0].strategy, site.asked[0].metric, site.asked[0].protect) == ("block", None, frozenset())
+    assert (site.asked[0].strategy, site.asked[0].metric, site.asked[0].protect) == (None, None, frozenset())
 
 
 def test_duplicate_repeats_the_blocks_that_the_site_chooses() -> None:

@@ -58,7 +58,7 @@ class Means:
         assert self._prices is not None, "no distance is to be measured"
         return self._prices
 
-    def writable(self, stack: Stack) -> bool:
+    def fits(self, stack: Stack) -> bool:
         return not {layer.index for layer in stack} & self.broken
 
     @property
