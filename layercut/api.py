@@ -241,7 +241,7 @@ def _written(
     made = fetching.fetch(made, whole=_evaluated(made), progress=progress)
     report = execute(made, folder, **writing, progress=progress, started=started)
     if wanted is not None:
-        report = report.with_evaluation(evaluate(wanted, Path(made.sources[made.donor].folder), folder, progress=progress))
+        report = report.with_evaluation(evaluate(wanted, Path(made.sources[made.donor].folder), folder, memory=memory, progress=progress))
         write_report(folder, report)
     ranks.hand_out("report", report.to_json())
     return report
@@ -352,13 +352,13 @@ def _folder_of(chosen: str | Path) -> Path:
     return Path(os.path.expanduser(chosen))  # noqa: PTH111 - Path.expanduser raises where there is no such user
 
 
-def evaluate(wanted: Evaluate, source: Path, result: Path, *, progress: bool = True) -> dict[str, Any]:
-    """Measure the source and the result in the same way, one after the other."""
+def evaluate(wanted: Evaluate, source: Path, result: Path, *, memory: int | None = None, progress: bool = True) -> dict[str, Any]:
+    """Measure the source and the result in the same way, one after the other. `memory` is as in `plan_recipe`."""
     from layercut.perplexity import LanguageModel
 
     found: dict[str, Any] = {}
     for name, folder in (("before", source), ("after", result)):
-        model = LanguageModel(folder)
+        model = LanguageModel(folder, memory=memory)
         if wanted.perplexity is not None:
             value = model.perplexity(wanted.perplexity, progress=progress)
             found.setdefault("perplexity", {})[name] = value.model_dump(mode="json")

@@ -225,17 +225,21 @@ def inspect(model: str, stack: str | None, as_json: bool) -> None:
 @click.option("--column", help="Column of the text in .jsonl, .csv and .parquet.")
 @click.option("--samples", type=click.IntRange(min=1), default=32, show_default=True, help="Windows of text at most.")
 @click.option("--max-length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a window.")
+@memory
 @as_json
 @offline
 @quiet
-def evaluate(model: str, text: str | None, column: str | None, samples: int, max_length: int, as_json: bool, quiet: bool) -> None:
+def evaluate(
+    model: str, text: str | None, column: str | None, samples: int, max_length: int, memory: int | None, as_json: bool, quiet: bool
+) -> None:
     """Measure perplexity on held-out text."""
     from layercut.calibration import BuiltinCalibration, TextCalibration
     from layercut.perplexity import LanguageModel
 
     common: dict[str, Any] = {"samples": samples, "max_length": max_length}
     data = BuiltinCalibration(**common) if text is None else TextCalibration(path=text, column=column, **common)
-    result = LanguageModel(resolve(model, whole=True, progress=not quiet).folder).perplexity(data, progress=not quiet)
+    folder = resolve(model, whole=True, progress=not quiet).folder
+    result = LanguageModel(folder, memory=memory).perplexity(data, progress=not quiet)
     where = f"{result.source} text, {result.windows} windows of {result.max_length}, {result.dtype}"
     line = f"perplexity {result.value:.4f} on {result.tokens} tokens ({where})"
     _echo(_dumps(result.model_dump(mode="json")) if as_json else line)

@@ -1,4 +1,4 @@
-"""Losses: models in memory, run as any stack of their layers. States that several stacks have in common are computed once.
+"""Losses: models run as any stack of their layers. States that several stacks have in common are computed once.
 
 Layers are called as the model's own forward calls them, each with the mask and positions of its own kind, whatever stands before it.
 """
@@ -10,94 +10,39 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from layercut.caches import cache_folder
 from layercut.calibration import Auto, Calibration
 from layercut.checkpoint import Checkpoint
 from layercut.encoding import SharedTokenizer
 from layercut.engine import batches
-from layercut.errors import CalibrationError, CheckpointError, LayercutError, RefusedError
+from layercut.errors import CalibrationError, CheckpointError, LayercutError
 from layercut.exceptions import PADDED
-from layercut.loading import load_tokenizer, pick_device, pick_dtype, quiet
+from layercut.loading import load_tokenizer, pick_device, quiet
 from layercut.measurements import Measurements, key_of
-from layercut.memory import shown, whole_size
+from layercut.memory import give_back
 from layercut.perplexity import CHUNK_BYTES, LOGIT_BYTES
 from layercut.plan import Measurement
 from layercut.players import Player, Recorded, module_of
 from layercut.ranks import ALONE, Ranks
 from layercut.reading import Reading, Text, read
+from layercut.relay import Place, Relay
 from layercut.resident import padded
-from layercut.schedules import ACTIVATIONS, rooms
+from layercut.routes import Node, Order
+from layercut.schedules import fits, rooms
 from layercut.stack import LayerRef, Stack, runs
 from layercut.tokens import Sample
 from layercut.trials import Loss, Part
 from layercut.version import __version__
-
-
-class Order(NamedTuple):
-    """How a stack runs: whose embeddings, which layers, whose head. Layers that add nothing are left out."""
-
-    first: str
-    layers: Stack
-    last: str
-
-    @classmethod
-    def of(cls, stack: Stack) -> Order:
-        """Raises RefusedError when the stack is empty."""
-        if not stack:
-            raise RefusedError("a stack without layers has no loss")
-        return cls(stack[0].model, tuple(layer for layer in stack if not layer.identity), stack[-1].model)
-
-    @property
-    def name(self) -> str:
-        """What tells it apart: layers as they are by their range, others by all that is done to them."""
-        parts = [list(run) for run in runs(self.layers)]
-        made = [layer.model_dump(mode="json", exclude_defaults=True) for layer in self.layers if not layer.plain]
-        return json.dumps([self.first, parts, self.last, *([made] if made else [])])
-
-
-@dataclass
-class Node:
-    """Where the ways of stacks part that began alike."""
-
-    children: dict[LayerRef, Node] = field(default_factory=dict)
-    ends: list[int] = field(default_factory=list)
-    """Numbers of the stacks that end here."""
-    size: int = 0
-    """Stacks that come through here."""
-
-    @classmethod
-    def of(cls, orders: Sequence[Order]) -> dict[str, Node]:
-        """The stacks as trees, one for each model that some of them begin with."""
-        roots: dict[str, Node] = {}
-        for number, order in enumerate(orders):
-            node = roots.setdefault(order.first, cls())
-            node.size += 1
-            for layer in order.layers:
-                node = node.children.setdefault(layer, cls())
-                node.size += 1
-            node.ends.append(number)
-        return roots
-
-    def walk(self, state: Tensor, step: Callable[[LayerRef, Tensor], Tensor], end: Callable[[int, Tensor], None]) -> None:
-        """Every state once, those of the fewest stacks first: so that few states wait, however many stacks there are."""
-        waiting: list[tuple[Node, LayerRef | None, Tensor]] = [(self, None, state)]
-        while waiting:
-            node, layer, state = waiting.pop()
-            if layer is not None:
-                state = step(layer, state)
-            for number in node.ends:
-                end(number, state.clone())
-            shared = len(node.children) > 1
-            for layer, child in sorted(node.children.items(), key=lambda one: -one[1].size):
-                waiting.append((child, layer, state.clone() if shared else state))  # a layer may change its input in place
 
 
 @dataclass
@@ -141,6 +86,7 @@ class Meter:
         self._ranks, self._cache, self._progress = ranks, cache, progress and ranks.main
         self._books: dict[Part, Book] = {}
         self._players: dict[str, Player] = {}
+        self._relay: Relay | None = None
         self._made: dict[LayerRef, nn.Module] = {}
 
     def losses(self, stacks: Sequence[Stack], part: Part = "calibration", share: float = 1.0) -> list[Loss]:
@@ -178,6 +124,7 @@ class Meter:
     def release(self) -> None:
         """Give the memory of the models back until they are needed again."""
         self._players.clear()
+        self._relay = None
         self._made.clear()
         gc.collect()
 
@@ -233,13 +180,18 @@ class Meter:
             players = self._loaded(reading)
         roots, sums = Node.of(orders), torch.zeros(len(orders), stop - start, dtype=torch.float64)
         length, width = max(map(len, reading.text.ids[start:stop])), max(player.logit_size for player in players.values())
-        size = max(1, min(self._calibration.batch_size, LOGIT_BYTES // (length * width)))
+        limit = LOGIT_BYTES if self._relay is None else self._relay.limit(LOGIT_BYTES)
+        size = max(1, min(self._calibration.batch_size, limit // (length * width)))
         total = len(orders) * len(range(start, stop)[self._ranks.seat.rank :: self._ranks.seat.world])
         alike = any(model.config.get("model_type") in PADDED for model in self._models.values())
         name = f"losses of {len(orders)} stacks" if len(orders) > 1 else "loss"
         shown = tqdm(total=total, desc=name, unit="sample", disable=not self._progress, leave=False)
-        with self._together(), shown as bar, quiet(), torch.inference_mode():
-            for batch in self._ranks.share(batches(reading.text, start, stop, size, alike)):
+        mine = self._ranks.share(batches(reading.text, start, stop, size, alike))
+        with self._together(), shown as bar, quiet():
+            if self._relay is not None:
+                self._relay.run(orders, list(mine), partial(self._add, sums, start, bar), partial(module_of, players=players))
+                mine = iter(())
+            for batch in mine:
                 try:
                     self._run_batch(batch, players, orders, roots, sums, start, bar)
                 except torch.OutOfMemoryError:
@@ -265,6 +217,7 @@ class Meter:
         if first:
             raise CalibrationError(first)
 
+    @torch.inference_mode()
     def _run_batch(
         self,
         batch: list[Sample],
@@ -280,18 +233,21 @@ class Meter:
         for alias, player in players.items():
             player.limits.check(batch)
             recorded[alias] = player.record(ids, mask)
-        numbers = torch.tensor([sample.number - start for sample in batch])
 
         def step(layer: LayerRef, state: Tensor) -> Tensor:
             return recorded[layer.model].run(layer.index, self._module(layer), state)
 
         def end(number: int, state: Tensor) -> None:
-            logits = recorded[orders[number].last].logits(state)
-            sums[number, numbers] = _sums(logits, ids, mask)
-            bar.update(len(batch))
+            self._add(sums, start, bar, number, batch, recorded[orders[number].last].logits(state))
 
         for alias, root in roots.items():
             root.walk(recorded[alias].state.clone(), step, end)  # layers may be given the first state, too
+
+    def _add(self, sums: Tensor, start: int, bar: tqdm[Any], number: int, batch: Sequence[Sample], logits: Tensor) -> None:
+        """Put down what a stack loses on a batch."""
+        ids, mask = (tensor.to(self._device) for tensor in padded(batch))
+        sums[number, [sample.number - start for sample in batch]] = _sums(logits, ids, mask)
+        bar.update(len(batch))
 
     def _module(self, layer: LayerRef) -> nn.Module:
         """A layer, made once where it is not as its model has it."""
@@ -302,29 +258,37 @@ class Meter:
         return self._made[layer]
 
     def _loaded(self, reading: Reading) -> dict[str, Player]:
-        """The models, loaded and looked at when they are first needed."""
+        """The models, opened and looked at when they are first needed: held in memory, or streamed where they do not fit."""
         if not self._players:
-            self._check_room()
-            longest = max(reading.text.ids[:64], key=len).tolist()
+            gc.collect()
+            give_back()
+            room, host = rooms(self._device, self._memory, self._ranks.seat.local_world)
+            make = Player.load if fits(list(self._models.values()), self._device, self._dtype, room) else Player.streamed
+            ids = torch.tensor([max(reading.text.ids[:64], key=len).tolist()], device=self._device)
+            players: dict[str, Player] = {}
             for alias, model in self._models.items():
-                player = Player.load(alias, model, self._depths[alias], self._prefixes[alias], self._device, self._dtype)
-                player.limits.check([Sample(0, longest)])
-                player.check(torch.tensor([longest], device=self._device))
-                self._players[alias] = player
+                player = make(alias, model, self._depths[alias], self._prefixes[alias], self._device, self._dtype)
+                player.limits.check([Sample(0, ids[0].tolist())])
+                if player.skeleton is None:
+                    player.check(ids)
+                players[alias] = player
+            self._relay = self._relayed(players, Place(self._device, room, host, cache_folder()), ids)
+            self._players = players
         return self._players
 
-    def _check_room(self) -> None:
-        """Raise CalibrationError when the models do not fit into memory."""
-        picked = pick_dtype(self._device, self._dtype)
-        size = sum(whole_size(model, None if picked == "auto" else picked.itemsize) for model in self._models.values())
-        room, _ = rooms(self._device, self._memory, self._ranks.seat.local_world)
-        needed = int(ACTIVATIONS * size)
-        quantised = any(model.config.get("quantization_config") is not None for model in self._models.values())
-        if needed > room.size and not (quantised and not room.asked):
-            message = f"losses need the models in memory: {shown(needed)} with what running them takes, and {shown(room.size)} are left"
-            raise CalibrationError(
-                f"{message} ({room.reason})", hint="give more with --memory, or choose by distance, which streams models"
-            )
+    def _relayed(self, players: Mapping[str, Player], place: Place, ids: Tensor) -> Relay | None:
+        """What runs models that are not in memory; None for those that are. Looks whether predictions depend on earlier tokens only."""
+        skeletons = {alias: player.skeleton for alias, player in players.items() if player.skeleton is not None}
+        if not skeletons:
+            return None
+        relay = Relay(skeletons, place, lambda alias, calls: players[alias].look(calls))
+        for alias, player in players.items():
+            own = Order(alias, tuple(LayerRef(model=alias, index=index) for index in range(self._depths[alias])), alias)
+            pair = [Sample(at, sample[0].tolist()) for at, sample in enumerate((ids, player.changed(ids)))]
+            found: list[Tensor] = []
+            relay.run([own], [pair], lambda number, batch, logits, found=found: found.append(logits))  # type: ignore[misc]
+            player.compare(found[0][:1], found[0][1:])
+        return relay
 
     def _check_finite(self, row: Sequence[float], order: Order) -> None:
         if not all(map(math.isfinite, row)):

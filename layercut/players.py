@@ -1,9 +1,10 @@
-"""Players: language models in memory, whose layers run in any order and number, averaged and scaled too. Refuses what has no loss."""
+"""Players: language models whose layers run in any order and number, averaged and scaled too. Refuses what has no loss."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from layercut.checkpoint import Checkpoint
 from layercut.errors import CheckpointError, RefusedError, first_line
-from layercut.loading import STORED, layers_of, load_as, own_code, quiet
+from layercut.loading import STORED, layers_of, load_as, own_code, quiet, settled_dtype
 from layercut.runner import Limits
 from layercut.scalings import factors
+from layercut.skeleton import Skeleton
 from layercut.stack import LayerRef
 from layercut.staged import Refusal, Staged
 from layercut.standins import Call
+from layercut.weights import Weights
 
 BY_DISTANCE = "choose by distance: block, blocks, rank or deepest"
 
@@ -48,6 +51,8 @@ class Player:
 
     def __init__(self, alias: str, staged: Staged, checkpoint: Checkpoint, prefix: str) -> None:
         self.alias, self.staged, self._checkpoint, self._prefix = alias, staged, checkpoint, prefix
+        self.skeleton = staged if isinstance(staged, Skeleton) else None
+        """The model, when its weights are not in memory."""
         self.limits = Limits.of(alias, staged.model)
 
     @classmethod
@@ -56,6 +61,22 @@ class Player:
         model = load_as(_kind(alias, checkpoint), checkpoint.folder, device, dtype)
         refusal = Refusal(f"model '{alias}' cannot be followed layer by layer, which a loss needs", BY_DISTANCE)
         return cls(alias, Staged(model, layers_of(model, depth, prefix), checkpoint.folder, refusal), checkpoint, prefix)
+
+    @classmethod
+    def streamed(cls, alias: str, checkpoint: Checkpoint, depth: int, prefix: str, device: torch.device, dtype: str | None) -> Player:
+        """A model of which little is in memory at a time. Raises as `load` does, and RefusedError when it cannot be streamed."""
+        settled = settled_dtype(checkpoint, device, dtype)
+        weights = Weights(checkpoint, pinned=device.type == "cuda")
+        return cls(alias, Skeleton(checkpoint, weights, depth, prefix, device, settled, _kind(alias, checkpoint)), checkpoint, prefix)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """A layer, with its weights in memory."""
+        if self.skeleton is None:
+            yield self.staged.layers[index]
+        else:
+            with self.skeleton.layer(index) as layer:
+                yield layer
 
     @property
     def logit_size(self) -> int:
@@ -69,7 +90,8 @@ class Player:
         Raises RefusedError when transformers puts the layer together from other tensors than the file holds.
         """
         place, found = f"{self._prefix}{index}.", {}
-        held = self.staged.layers[index].state_dict()
+        with self.layer(index) as layer:
+            held = layer.state_dict()
         for name, tensor in self._checkpoint.tensors.items():
             if name.startswith(place):
                 own = held.get(name.removeprefix(place))
@@ -95,23 +117,35 @@ class Player:
         """
         mask = torch.ones_like(ids)
         recorded = self.record(ids, mask)
-        for index, call in enumerate(recorded.calls):
-            for value in _flat((*call.args, *call.kwargs.values())):
-                if type(value).__name__.endswith("Cache") or (isinstance(value, MutableMapping) and (type(value) is not dict or not value)):
-                    message = f"model '{self.alias}' hands a {type(value).__name__} from layer to layer ({index}), beside the state"
-                    raise RefusedError(message, where=self.staged.folder, hint=BY_DISTANCE)
+        self.look(recorded.calls)
         whole = self._whole(ids, mask)
-        other = ids.clone()
-        other[0, -1] = ids[0, 0] if ids[0, -1] != ids[0, 0] else (ids[0, 0] + 1) % self.limits.vocabulary
-        near = torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max()
-        if (self._whole(other, mask)[:, :-1] - whole[:, :-1]).abs().max() > near:
-            message = f"model '{self.alias}' sees the tokens that it is to predict (it is no causal language model): it has no loss"
-            raise RefusedError(message, where=self.staged.folder, hint=BY_DISTANCE)
+        self.compare(whole, self._whole(self.changed(ids), mask))
+        near = _near(whole)
         state = recorded.state
         for index in range(len(recorded.calls)):
             state = recorded.run(index, self.staged.layers[index], state)
         if not (recorded.logits(state) - whole).abs().max() <= near:
             message = f"the layers of model '{self.alias}', one after the other, do not give what the model gives"
+            raise RefusedError(message, where=self.staged.folder, hint=BY_DISTANCE)
+
+    def look(self, calls: Sequence[Call]) -> None:
+        """Raise RefusedError when layers hand each other more than the state."""
+        for index, call in enumerate(calls):
+            for value in _flat((*call.args, *call.kwargs.values())):
+                if type(value).__name__.endswith("Cache") or (isinstance(value, MutableMapping) and (type(value) is not dict or not value)):
+                    message = f"model '{self.alias}' hands a {type(value).__name__} from layer to layer ({index}), beside the state"
+                    raise RefusedError(message, where=self.staged.folder, hint=BY_DISTANCE)
+
+    def changed(self, ids: Tensor) -> Tensor:
+        """The sample with another last token."""
+        other = ids.clone()
+        other[0, -1] = ids[0, 0] if ids[0, -1] != ids[0, 0] else (ids[0, 0] + 1) % self.limits.vocabulary
+        return other
+
+    def compare(self, logits: Tensor, changed: Tensor) -> None:
+        """Raise RefusedError when the logits of a sample, (1, tokens, vocabulary), differ before the last token when that is changed."""
+        if not (changed[:, :-1] - logits[:, :-1]).abs().max() <= _near(logits):
+            message = f"model '{self.alias}' sees the tokens that it is to predict (it is no causal language model): it has no loss"
             raise RefusedError(message, where=self.staged.folder, hint=BY_DISTANCE)
 
     def _whole(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -128,16 +162,16 @@ class Player:
 
 def module_of(layer: LayerRef, players: Mapping[str, Player]) -> nn.Module:
     """A layer as a stack has it: the model's own, or a copy with averaged and scaled weights, computed as the executor does."""
-    own = players[layer.model].staged.layers[layer.index]
     if layer.plain:
-        return own
+        return players[layer.model].staged.layers[layer.index]
     if layer.fitted is not None:
         raise RefusedError(
             f"the {layer.fitted} map of layer {layer.index} is not fitted yet: a stack with it has no loss", hint=BY_DISTANCE
         )
     weights = players[layer.model].weights(layer.index)
     shares = [(players[share.model].weights(share.index), share.weight) for share in layer.shares] or [(weights, 1.0)]
-    made = copy.deepcopy(own)
+    with players[layer.model].layer(layer.index) as own:
+        made = copy.deepcopy(own)
     with torch.no_grad():
         for rest, tensor in made.state_dict().items():
             name, stored = weights[rest]
@@ -151,6 +185,12 @@ def module_of(layer: LayerRef, players: Mapping[str, Player]) -> nn.Module:
                 value = value * by
             tensor.copy_(value)
     return made
+
+
+def _near(logits: Tensor) -> Tensor:
+    """How far apart logits are that the arithmetic alone makes differ."""
+    near: Tensor = torch.finfo(logits.dtype).eps ** 0.5 * logits.abs().max()
+    return near
 
 
 def _flat(values: Any) -> Iterator[Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from layercut.accumulators import Schedule
 from layercut.caches import cache_folder
+from layercut.checkpoint import Checkpoint
 from layercut.loading import load_backbone, pick_dtype, settled_dtype
 from layercut.memory import Room, room_of, shown, whole_size
 from layercut.resident import Resident
@@ -42,17 +43,28 @@ def pick_schedule(
     """
     room, host = rooms(device, memory, sharers)
     picked = pick_dtype(device, dtype)
-    itemsize = None if picked == "auto" else picked.itemsize
-    size = sum(whole_size(source.checkpoint, itemsize) for source in sources)
+    models = [source.checkpoint for source in sources]
+    size = loaded_size(models, device, dtype)
     text = f"{shown(size)} of weights in {'their own dtype' if picked == 'auto' else str(picked).removeprefix('torch.')}"
     limit = f"{shown(memory)} of memory" if memory is not None else "the memory that is free"
-    quantised = any(source.checkpoint.config.get("quantization_config") is not None for source in sources)
-    if ACTIVATIONS * size <= room.size or (quantised and not room.asked):
+    if fits(models, device, dtype, room):
         runners = [Runner(one.alias, load_backbone(one.checkpoint.folder, device, dtype), one.depth, one.prefix) for one in sources]
         return Picked(Resident(runners, device), f"resident: {text}")
     dtypes = {source.alias: settled_dtype(source.checkpoint, device, dtype) for source in sources}
     streamed = Streamed(sources, device, dtypes, room, host, cache_folder(), progress=progress)
     return Picked(streamed, f"streamed layer by layer: {text} and what running them takes are more than {limit}")
+
+
+def loaded_size(models: Iterable[Checkpoint], device: torch.device, dtype: str | None) -> int:
+    """Bytes of the weights of models in memory."""
+    picked = pick_dtype(device, dtype)
+    return sum(whole_size(model, None if picked == "auto" else picked.itemsize) for model in models)
+
+
+def fits(models: Sequence[Checkpoint], device: torch.device, dtype: str | None, room: Room) -> bool:
+    """Whether models can be held in memory as a whole. Quantised ones cannot be streamed: they are loaded unless the user set a limit."""
+    quantised = any(model.config.get("quantization_config") is not None for model in models)
+    return ACTIVATIONS * loaded_size(models, device, dtype) <= room.size or (quantised and not room.asked)
 
 
 def rooms(device: torch.device, memory: int | None, sharers: int) -> tuple[Room, Room]:

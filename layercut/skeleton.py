@@ -60,6 +60,8 @@ class Skeleton(Staged):
         self._path = next(name for name, module in model.named_modules() if module is self._stack).split(".")
         self._names, self._rest = _split(checkpoint, prefix, depth)
         self._ties = self._tied()
+        self.rest_size = _size(self.model)
+        """Bytes of what is not in the layers. Taken now: what is tied is no longer once it was loaded and forgotten."""
         self._top, self._prefix = model, ""
         """What is loaded as one, and where the model stands in it."""
         self._whole = whole
@@ -67,9 +69,16 @@ class Skeleton(Staged):
         """Whether the file keeps weights of layers outside of them."""
 
     @property
-    def rest_size(self) -> int:
-        """Bytes of what is not in the layers."""
-        return _size(self.model)
+    def rest_peak(self) -> int:
+        """Bytes of what is not in the layers while it is loaded: one tensor at a time is there as it is stored, too."""
+        stored = self._weights.checkpoint.tensors
+        return self.rest_size + max((stored[name].nbytes for name in self._rest), default=0)
+
+    @property
+    def logit_size(self) -> int:
+        """Bytes of the logits of one token."""
+        config: Any = self.model.config
+        return int(config.get_text_config().vocab_size) * self.dtype.itemsize
 
     @property
     def layer_size(self) -> int:

@@ -99,7 +99,7 @@ def test_smollm2_cut_by_measurement(smollm2: Path, tmp_path: Path) -> None:
     recipe = write(
         tmp_path / "r.yaml",
         f"model: {smollm2}\ncalibration: {{source: builtin, samples: 4, max_length: 128}}\n"
-        f"steps: [{{prune: {{layers: 6}}}}]\noutput: {tmp_path / 'out'}\n",
+        f"steps: [{{prune: {{layers: 6, strategy: block}}}}]\noutput: {tmp_path / 'out'}\n",
     )
     assert main(["run", str(recipe), "-q"]) == 0
     report = read_report(tmp_path / "out")
@@ -137,7 +137,7 @@ def test_planted_block_is_found(tmp_path: Path) -> None:
 def test_slices_with_auto_and_prune_are_one_plan(tiny: Callable[..., Path], tmp_path: Path) -> None:
     source = tiny("llama", layers=8)
     text = "calibration: {source: builtin, samples: 4, max_length: 64}\n"
-    pruned = write(tmp_path / "a.yaml", f"model: {source}\n{text}steps: [{{prune: {{layers: 3}}}}]\n")
+    pruned = write(tmp_path / "a.yaml", f"model: {source}\n{text}steps: [{{prune: {{layers: 3, strategy: block}}}}]\n")
     slices = f"slices:\n- {{model: {source}, layer_range: [0, auto]}}\n- {{model: {source}, layer_range: [auto, 8]}}\n"
     sliced = write(tmp_path / "b.yaml", f"{slices}depth: 5\n{text}")
     plans = []

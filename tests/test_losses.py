@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import zoo
 from conftest import byte_tokenizer, tiny_config
 from test_ranks import Group, group  # noqa: F401 - a fixture
 
+from layercut import memory
 from layercut.api import plan_recipe, run_recipe
 from layercut.architecture import find_stack
 from layercut.calibration import BuiltinCalibration, Calibration, TextCalibration
@@ -31,7 +31,7 @@ from layercut.disclosure import disclosed
 from layercut.encoding import SharedTokenizer
 from layercut.errors import CalibrationError, CheckpointError, LayercutError, RecipeError, RefusedError
 from layercut.loading import load_tokenizer
-from layercut.losses import Meter, Node, Order
+from layercut.losses import Meter
 from layercut.perplexity import LanguageModel
 from layercut.plan import Plan
 from layercut.players import Player
@@ -39,7 +39,6 @@ from layercut.ranks import Ranks
 from layercut.reading import read
 from layercut.recipe import parse_recipe
 from layercut.report import read_report
-from layercut.scalings import literal
 from layercut.stack import LayerRef, Scaling, Share, Stack
 from layercut.trials import Loss
 from layercut.yamltext import YamlText
@@ -166,11 +165,6 @@ def test_stacks_of_every_operation_lose_what_they_lose_when_written(tiny: Tiny, 
     (loss,) = meter(TEXT, tiny("llama", dtype="bfloat16")).losses([stack])
     out = written(tiny("llama", dtype="bfloat16"), steps, tmp_path / "out")
     assert loss.sums == pytest.approx(by_transformers(out, text_of(out)), rel=1e-5)
-
-
-def test_layers_that_add_nothing_are_left_out(tiny: Tiny) -> None:
-    zeros = LayerRef(model="m", index=3, identity=True, scalings=((Scaling(tensors=literal("x"), by=0),),))
-    assert Order.of((*layers(0, 1), zeros, *layers(2))) == Order.of(layers(0, 1, 2))
 
 
 def test_a_stack_of_two_models(tiny: Tiny, tmp_path: Path) -> None:
@@ -428,52 +422,6 @@ def test_as_many_samples_as_settle_a_choice_are_refused(tiny: Tiny) -> None:
 # Work
 
 
-def test_states_that_stacks_share_are_computed_once() -> None:
-    """Removing each of L layers takes about half of L forward passes: L layers of the trunk, and L - 1 - l behind each gap."""
-    steps: list[int] = []
-
-    def step(layer: LayerRef, state: torch.Tensor) -> torch.Tensor:
-        steps.append(layer.index)
-        return torch.cat([state, torch.tensor([float(layer.index)])])
-
-    orders = [Order.of(removed(8, at)) for at in range(8)]
-    (root,) = Node.of(orders).values()
-    seen: dict[int, list[float]] = {}
-
-    def end(number: int, state: torch.Tensor) -> None:
-        seen[number] = state.tolist()
-
-    root.walk(torch.zeros(0), step, end)
-    assert len(steps) == 7 + 8 * 7 / 2
-    assert sorted(seen) == list(range(8))
-    assert all(seen[number] == [float(layer.index) for layer in order.layers] for number, order in enumerate(orders))
-
-
-def test_few_states_wait() -> None:
-    """However many stacks there are: those that leave out one layer each, or two."""
-    living: weakref.WeakSet[State] = weakref.WeakSet()
-    most = 0
-
-    class State:
-        def __init__(self) -> None:
-            living.add(self)
-
-        def clone(self) -> State:
-            return State()
-
-    def step(layer: LayerRef, state: Any) -> Any:
-        nonlocal most
-        most = max(most, len(living))
-        return State()
-
-    pairs = itertools.combinations(range(16), 2)
-    for orders in ([Order.of(removed(64, at)) for at in range(64)], [Order.of(removed(16, *gone)) for gone in pairs]):
-        (root,) = Node.of(orders).values()
-        start: Any = State()
-        root.walk(start, step, lambda number, state: None)
-    assert 2 <= most <= 8
-
-
 def test_what_is_known_is_not_run_again(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = meter(TEXT, tiny("llama"), cache=tmp_path)
     stacks = [removed(6), removed(6, 1), removed(6, 1, 4)]
@@ -553,7 +501,7 @@ def test_what_fails_on_one_rank_fails_on_all(
         return said
 
     found = made.all(failing)
-    assert found[0] == found[1] == found[2] and found[0][0].startswith("losses need the models in memory: ")
+    assert found[0] == found[1] == found[2] and found[0][0].startswith("model 'm' takes ")
 
 
 def test_memory_is_given_back(tiny: Tiny) -> None:
@@ -569,7 +517,7 @@ def test_memory_is_given_back(tiny: Tiny) -> None:
 def test_models_that_do_not_fit_are_refused(tiny: Tiny) -> None:
     with pytest.raises(
         CalibrationError,
-        match=r"losses need the models in memory: [0-9.]+ kB with what running them takes, and 0 bytes are left .1 bytes as asked",
+        match=r"^model 'm' takes [0-9.]+ kB for what is loaded of it at once, and 0 bytes are left .1 bytes as asked.; give more with",
     ):
         meter(TEXT, tiny("llama"), memory=1).losses([removed(6)])
 
@@ -606,11 +554,6 @@ def test_a_stack_whose_loss_is_not_finite_stops(tiny: Tiny, monkeypatch: pytest.
     monkeypatch.setattr(Meter, "_run", lambda *_: [[1.0] * 5, [1.0, float("inf"), 1.0, 1.0, 1.0]])
     with pytest.raises(CheckpointError, match=r"^the loss of the stack m\[0, 1\) \+ m\[3, 6\) is not finite; measure in another dtype"):
         found.losses([removed(6), removed(6, 1, 2)])
-
-
-def test_a_stack_without_layers(tiny: Tiny) -> None:
-    with pytest.raises(RefusedError, match="a stack without layers has no loss"):
-        meter(TEXT, tiny("llama")).losses([()])
 
 
 def test_a_fitted_map_has_no_loss_yet(tiny: Tiny) -> None:
@@ -658,6 +601,41 @@ def test_commands_plan_and_run_what_was_chosen_by_loss(
     assert main(["run", str(recipe), "--out", str(tmp_path / "again")]) == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
     assert weights[0] == weights[1]
+
+
+def test_commands_within_a_memory_that_the_model_does_not_fit_into(
+    able: Path, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Distances, losses and perplexity, streamed layer by layer: the same choice, and the same numbers."""
+    recipe = tmp_path / "r.yaml"
+    text = f"""model: {able}
+calibration: {{source: text, path: {documents}, samples: 4, max_length: 24, batch_size: 2}}
+steps: [{{prune: {{layers: 2}}}}]
+evaluate: {{perplexity: {{source: text, path: {documents}, samples: 4, max_length: 24}}, generate: ten, tokens: 3}}
+"""
+    recipe.write_text(text, encoding="utf-8")
+    monkeypatch.setenv("LAYERCUT_NO_CACHE", "1")
+    told = []
+    for name in ("whole", "streamed"):
+        if name == "streamed":
+            monkeypatch.setattr(memory, "free_memory", lambda: {"memory": 1000})
+        assert main(["run", str(recipe), "--out", str(tmp_path / name), "-q"]) == 0
+        assert main(["eval", str(tmp_path / name), "--text", str(documents), "--json", "-q"]) == 0
+        shown = capsys.readouterr().out
+        told.append((read_report(tmp_path / name), json.loads(shown[shown.index("{") :])))
+    (whole, alone), (streamed, one) = told
+    assert whole.measurement is not None and streamed.measurement is not None
+    assert whole.measurement.details["schedule"].startswith("resident") and streamed.measurement.details["schedule"].startswith("streamed")
+    assert whole.choices[0].chosen == streamed.choices[0].chosen and streamed.choices[0].metric == "loss"
+    assert [t.loss for t in streamed.choices[0].trials] == pytest.approx([t.loss for t in whole.choices[0].trials], rel=1e-5)
+    assert whole.evaluation is not None and streamed.evaluation is not None
+    for when in ("before", "after"):
+        mine, its = whole.evaluation["perplexity"][when], streamed.evaluation["perplexity"][when]
+        assert its["nll"] == pytest.approx(mine["nll"], rel=1e-5) and its["tokens"] == mine["tokens"]
+    assert whole.evaluation["generate"] == streamed.evaluation["generate"]
+    assert one["nll"] == pytest.approx(alone["nll"], rel=1e-5)
+    assert main(["eval", str(tmp_path / "whole"), "--memory", "1kB"]) == 1
+    assert "give more with --memory" in capsys.readouterr().err
 
 
 def test_two_processes_choose_what_one_chooses(able: Path, documents: Path, tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import CHATML, byte_tokenizer, chat_tokenizer
 
+from layercut import memory
 from layercut import perplexity as module
 from layercut.calibration import BuiltinCalibration, TextCalibration
 from layercut.errors import CalibrationError, CheckpointError
@@ -261,3 +263,61 @@ def test_a_head_that_is_missing(tiny: Tiny, tmp_path: Path) -> None:
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert message(lambda: LanguageModel(folder), CheckpointError) == f"{folder}: weights are missing: lm_head.weight"
+
+
+# A model that does not fit
+
+
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no memory for any model."""
+    monkeypatch.setattr(memory, "free_memory", lambda: {"memory": 1000})
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma3_text"])
+def test_layer_by_layer_the_numbers_are_the_same(tiny: Tiny, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = running(tmp_path / "t.txt", batch_size=2)
+    whole = LanguageModel(tiny(kind))
+    expected, written = whole.perplexity(text, progress=False), whole.generate("Once upon", tokens=6)
+    assert whole._streamed is None
+    monkeypatch.setattr(memory, "free_memory", lambda: {"memory": 1000})
+    streamed = LanguageModel(tiny(kind))
+    assert streamed._streamed is not None and all(part.is_meta for part in streamed.model.parameters())
+    found = streamed.perplexity(text, progress=False)
+    assert found.nll == pytest.approx(expected.nll, rel=1e-5) and found.value == pytest.approx(expected.value, rel=1e-5)
+    assert found.model_copy(update={"nll": 0, "value": 0}) == expected.model_copy(update={"nll": 0, "value": 0})
+    assert streamed.generate("Once upon", tokens=6) == written
+    assert perplexity(tiny(kind), text, progress=False) == found
+
+
+def test_streamed_text_ends_where_the_model_ends_it(tiny: Tiny, little: None) -> None:
+    model = LanguageModel(tiny("llama"))
+    tokens = iter([40, 41, 2, 43])
+    model._streamed = model._streamed and _Told(model._streamed, tokens)  # type: ignore[assignment]
+    assert model.generate("Once", tokens=9) == model.tokenizer.decode([40, 41])
+    assert next(tokens) == 43, "nothing was asked after the end"
+
+
+class _Told:
+    """A model that says what it is told to."""
+
+    def __init__(self, streamed: Any, tokens: Any) -> None:
+        self.model, self._tokens = streamed.model, tokens
+
+    def next(self, ids: list[int]) -> int:
+        return int(next(self._tokens))
+
+
+def test_a_model_without_a_finite_loss_layer_by_layer(tiny: Tiny, tmp_path: Path, little: None) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    model.save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    found = message(lambda: LanguageModel(tmp_path / "m").perplexity(running(tmp_path / "t.txt"), progress=False), CheckpointError)
+    assert found == f"{tmp_path / 'm'}: the loss is not finite (nan)"
+
+
+def test_less_memory_than_a_part_of_the_model_takes(tiny: Tiny) -> None:
+    found = message(lambda: LanguageModel(tiny("llama"), memory=1))
+    assert found.startswith(f"model '{tiny('llama')}' takes ") and found.endswith("(1 bytes as asked); give more with --memory")

@@ -54,7 +54,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("companions", "metric", "rows"),
     ("documents", "mirror", "samplewise", "tokenwise"),
     ("hubreader", "metrics", "sampling"),
-    ("checkpoint", "dialect", "faults", "plan", "scalings", "selectors", "stated", "strategies", "trials"),
+    ("checkpoint", "dialect", "faults", "plan", "routes", "scalings", "selectors", "stated", "strategies", "trials"),
     ("accounts", "anatomy", "chats", "searches"),
     (
         "architecture", "blockscores", "gguf", "measurements", "memory", "mergekit", "naming", "operations", "pickled", "rules",
@@ -68,13 +68,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("choices",),
     ("planner",),
     ("loading",),
-    ("draw", "encoding", "perplexity", "runner", "staged", "sums"),
-    ("players", "reading", "skeleton"),
-    ("accumulators", "arguments"),
+    ("draw", "encoding", "runner", "staged", "sums"),
+    ("reading", "skeleton"),
+    ("accumulators", "arguments", "players"),
     ("resident",),
-    ("streaming",),
+    ("relay", "streaming"),
     ("ranks", "schedules"),
-    ("engine",),
+    ("engine", "perplexity"),
     ("losses",),
     ("gathering",),
     ("arithmetic", "report", "staging"),
@@ -91,8 +91,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 # Modules that import torch when they are imported; the others reach for them inside functions.
 MEASURING = (
-    "accumulators", "arguments", "draw", "encoding", "engine", "loading", "losses", "perplexity", "players", "reading", "resident",
-    "runner", "schedules", "skeleton", "spill", "staged", "standins", "streaming", "sums", "weights",
+    "accumulators", "arguments", "draw", "encoding", "engine", "loading", "losses", "perplexity", "players", "reading", "relay",
+    "resident", "runner", "schedules", "skeleton", "spill", "staged", "standins", "streaming", "sums", "weights",
 )  # fmt: skip
 # Tests of the whole, which have no module of their own.
 OF_THE_WHOLE = (
