@@ -134,6 +134,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "full_attention"],
         "n_groups": 2,
     },
+    **{key: {"indexer_types": ["full", "full", "shared", "shared", "full", "shared"]} for key in ("glm_moe_dsa", "mistral_large4_text")},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
