@@ -56,10 +56,6 @@ def _last_stays(case: Case) -> bool:
     return case.depth - 1 not in case.order[:-1]
 
 
-def _same_depth(case: Case) -> bool:
-    return len(case.order) == case.depth
-
-
 def _never(case: Case) -> bool:
     return False
 
@@ -187,20 +183,11 @@ GEMMA = ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_tex
 
 EXCEPTIONS = (
     Exceptional(
-        ("gpt2", "gpt-sw3"),
-        _tail,
-        "scale_attn_by_inverse_layer_idx divides attention by the layer index",
-        lambda case: bool(case.node.get("scale_attn_by_inverse_layer_idx")),
-    ),
-    Exceptional(("diffllama",), _tail, "lambda_init depends on the layer index, and no value of the config says otherwise"),
-    Exceptional(
         ("minimax",),
         _tail,
         "the decay of lightning attention depends on the layer index, and the file does not hold it",
         lambda case: not any(name.endswith("slope_rate") for name in case.tensors),
     ),
-    Exceptional(("beam",), _tail, "what a layer adds is scaled by its index, and no value of the config says otherwise"),
-    Exceptional(("esmc",), _same_depth, "the residual is divided by sqrt(number of layers / 36), and no value of the config says so"),
     Exceptional(("modernbert", "modernbert-decoder"), _first, "the first layer has no attention norm"),
     Exceptional(
         ("deberta-v2",),
@@ -307,6 +294,11 @@ def _model_types(config: Mapping[str, Any]) -> Iterable[str]:
     for value in config.values():
         if isinstance(value, Mapping):
             yield from _model_types(value)
+
+
+def objection(kind: str | None, reason: str) -> Objection:
+    """The objection that a stack would load, for a reason that stands in no row here."""
+    return Objection(_said(kind, Exceptional((), _never, reason)), False)
 
 
 def _said(kind: str | None, row: Exceptional) -> str:
