@@ -22,6 +22,8 @@ class Seat(NamedTuple):
 
     number: int
     depth: int
+    silent: bool = False
+    """Whether it adds nothing."""
 
 
 class Change(NamedTuple):
@@ -78,6 +80,7 @@ def _telescoped(order: Sequence[Seat]) -> list[Changes]:
     """The j-th addition, from 2, gives x / sqrt(j) + s * sqrt((j - 1) / j) for the stream s and a normed x.
 
     The stream is `scale` times what it was: its direction is all that norms hand on. So x, of which the norm holds the scale, follows.
+    A layer that adds nothing hands the stream on, and only its scale changes.
     """
     found: list[Changes] = []
     scale = 1.0
@@ -85,6 +88,9 @@ def _telescoped(order: Sequence[Seat]) -> list[Changes]:
         made: dict[str, Change] = {}
         for place, name in ((2, "post_attention_layernorm.weight"), (3, "post_feedforward_layernorm.weight")):
             old, new = 2 * seat.number + place, 2 * at + place
+            if seat.silent:
+                scale *= math.sqrt((new - 1) / new)
+                continue
             if old != new:
                 scale *= math.sqrt((new - 1) * old / (new * (old - 1)))
             made[name] = Change(1.0 if (old, scale) == (new, 1.0) else scale * math.sqrt(new / old))
@@ -145,7 +151,7 @@ def row_of(member: Member) -> Amends | None:
 
 def changes(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[int, Changes]:
     """What is to be done to the layers of a new stack, by position: nothing for layers that are where they were."""
-    seats = [Seat(layer.index, members[layer.model].stack.depth) for layer in order]
+    seats = [Seat(layer.index, members[layer.model].stack.depth, layer.identity) for layer in order]
     found: dict[int, Changes] = {}
     for alias in dict.fromkeys(layer.model for layer in order):
         row = row_of(members[alias])

@@ -62,7 +62,7 @@ class Layouter:
         self.layers = {alias: layer_tensors(*member) for alias, member in members.items()}
         self.unchanged = [layer.index for layer in order if layer.fitted is None] == list(range(self._stack(0).depth))
         self.homes = {} if self._is_whole() else homes(members, order)
-        self.changes = {} if self._is_whole() or hindrance(members, order) is not None else changes(members, order)
+        self.changes = {} if hindrance(members, order) is not None else changes(members, order)
 
     def lay_out(self, ends: Ends, max_shard_size: int, scalings: tuple[Groups, Groups] = ((), ())) -> Layout:
         """Files of at most `max_shard_size` bytes of tensors.
@@ -147,13 +147,13 @@ class Layouter:
                 yield self._entry(name, [table[key] for table in tables], shares, by)
             elif change.along is None:
                 yield self._changed(name, [table[key] for table in tables], shares, by, change)
-            elif layer.plain:
-                pair = (*shares, shares[0].model_copy(update={"weight": 0}))
-                how = Grown(by=change.by)
-                yield self._entry(name, [tables[0][key], tables[0][(place.prefix, change.along)]], pair, (), how)
             else:
-                message = "a layer that is moved cannot be averaged or scaled too: this tensor makes up for its new index"
-                raise RefusedError(message, where=tensor.name)
+                other = tables[0][(place.prefix, change.along)]
+                if layer.shares or by or factors(layer.scalings, other.name):
+                    message = "this tensor makes up for the new index of its layer, and cannot be averaged or scaled too"
+                    raise RefusedError(message, where=tensor.name)
+                pair = (*shares, shares[0].model_copy(update={"weight": 0}))
+                yield self._entry(name, [tensor, other], pair, (), Grown(by=change.by))
         for rest, tensor, zero in home.added:
             name = stack.rename(Place(stack.prefix, 0, rest), position)
             by = (0.0,) if zero else factors(layer.scalings, tensor.name)

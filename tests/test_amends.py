@@ -151,6 +151,18 @@ def test_layers_of_two_models_of_different_depth(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["gpt2", "diffllama", "esmc", "beam"])
+def test_copies_that_add_nothing_change_nothing(kind: str, tmp_path: Path) -> None:
+    model = built(kind)
+    model.save_pretrained(tmp_path / "m")
+    asked = {"model": str(tmp_path / "m"), "steps": [{"expand": {"every": 2}}], "output": str(tmp_path / "out")}
+    run_recipe(Recipe.model_validate(asked), progress=False)
+    more = loaded(tmp_path / "out", model)
+    assert more.config.num_hidden_layers == 9
+    assert float((said(more) - said(loaded(tmp_path / "m", model))).abs().max()) < 2e-5
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_it_generates_with_a_cache_as_without(tmp_path: Path) -> None:
     for kind in ("gpt2", "diffllama", "beam"):
         model = built(kind)
@@ -317,8 +329,36 @@ def test_averages_are_multiplied_and_what_is_no_factor_is_refused(tmp_path: Path
     member(tmp_path / "diff", "diffllama", DIFF, depth=4)
     with pytest.raises(RefusedError) as caught:
         plan_recipe(Recipe.model_validate({"model": str(tmp_path / "diff"), **merge}))
-    message = "a layer that is moved cannot be averaged or scaled too: this tensor makes up for its new index"
+    message = "this tensor makes up for the new index of its layer, and cannot be averaged or scaled too"
     assert str(caught.value) == f"model.layers.1.self_attn.lambda_q1: {message}"
+
+
+@pytest.mark.parametrize("scaled", ["lambda_q1", "lambda_k1", "o_proj", "lambda_q2"])
+def test_a_layer_that_is_scaled_and_moved(scaled: str, tmp_path: Path) -> None:
+    member(tmp_path / "m", "diffllama", DIFF, depth=3)
+    scale = {"scale": [{"filter": scaled, "value": 0.5}]}
+    asked = {"slices": [{"model": str(tmp_path / "m"), "layer_range": [1, 3], "parameters": scale}], "output": "x"}
+    if scaled in ("lambda_q1", "lambda_k1"):
+        with pytest.raises(RefusedError, match=r"cannot be averaged or scaled too$"):
+            plan_recipe(Recipe.model_validate(asked))
+        return
+    found = {
+        tensor.name.removeprefix("model.layers.0.self_attn."): tensor.factors for tensor in made(plan_recipe(Recipe.model_validate(asked)))
+    }
+    both = (0.5,) * (scaled == "o_proj") + ((0.2 + 0.6 * math.exp(-0.3)) / 0.8,)
+    assert found["o_proj.weight"] == pytest.approx(both) and found["lambda_q1"] == ()
+    assert found.get("lambda_q2") == ((0.5,) if scaled == "lambda_q2" else None)
+
+
+def test_a_layer_that_adds_nothing_may_be_moved(tmp_path: Path) -> None:
+    member(tmp_path / "m", "diffllama", DIFF, depth=3)
+    steps = [{"prune": {"at": 0}}, {"zero": {"at": 0, "tensors": "*o_proj*"}}]
+    found = {
+        tensor.name: tensor
+        for tensor in made(plan_recipe(Recipe.model_validate({"model": str(tmp_path / "m"), "steps": steps, "output": "x"})))
+    }
+    assert found["model.layers.0.self_attn.o_proj.weight"].parts == ()
+    assert found["model.layers.0.self_attn.lambda_q1"].amend is not None
 
 
 def test_a_vector_of_zeros_cannot_make_up(tmp_path: Path) -> None:
