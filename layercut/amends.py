@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from layercut.anatomy import Member
+from layercut.anatomy import Member, Place
 from layercut.header import FLOATS
 from layercut.quantization import is_quantized
 from layercut.stack import LayerRef
@@ -157,19 +157,19 @@ def changes(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[in
         row = row_of(members[alias])
         if row is None:
             continue
-        held = _dtypes(members[alias])
         for at, (layer, change) in enumerate(zip(order, row.changes(seats), strict=True)):
-            there = {name: one for name, one in change.items() if name in row.must or (layer.index, name) in held}
-            wanted = {name: one for name, one in there.items() if not one.idle}
-            if layer.model == alias and layer.fitted is None and wanted:
-                found[at] = wanted
+            if layer.model == alias and layer.fitted is None:
+                wanted = {name: one for name, one in change.items() if not one.idle}
+                there = {name: one for name, one in wanted.items() if name in row.must or _dtype(members[alias], layer.index, name)}
+                found.update({at: there} if there else {})
     return dict(sorted(found.items()))
 
 
-def _dtypes(member: Member) -> dict[tuple[int, str], str]:
-    """Dtypes of the tensors of all layers, by layer and the name below it."""
-    places = [(member.stack.place(tensor.name), tensor) for tensor in member.checkpoint.tensors.values()]
-    return {(place.layer, place.rest): tensor.dtype for place, tensor in places if place is not None}
+def _dtype(member: Member, layer: int, name: str) -> str | None:
+    """Dtype of a tensor of a layer, or None when the layer has none of that name."""
+    whole = member.stack.rename(Place(member.stack.prefix, layer, name), layer)
+    tensor = member.checkpoint.tensors.get(whole)
+    return None if tensor is None else tensor.dtype
 
 
 def hindrance(members: Mapping[str, Member], order: Sequence[LayerRef]) -> str | None:
@@ -186,9 +186,8 @@ def _lacking(member: Member, must: Sequence[str]) -> str | None:
     """Why the weights of a model cannot make up for anything, or None."""
     if is_quantized(*member):
         return "quantised weights cannot make up for it"
-    found = _dtypes(member)
     for name in must:
-        odd = next((layer for layer in range(member.stack.depth) if found.get((layer, name)) not in FLOATS), None)
+        odd = next((layer for layer in range(member.stack.depth) if _dtype(member, layer, name) not in FLOATS), None)
         if odd is not None:
             return f"layer {odd} has no {name} in floating point that could make up for it"
     return None
@@ -197,9 +196,10 @@ def _lacking(member: Member, must: Sequence[str]) -> str | None:
 def told(members: Mapping[str, Member], order: Sequence[LayerRef], dtypes: Sequence[str]) -> list[str]:
     """Notes on what is done to the layers of a new stack, of which the changed tensors are written in these dtypes."""
     found = changes(members, order)
+    rows = {alias: row_of(members[alias]) for alias in dict.fromkeys(order[place].model for place in found)}
     notes = []
     for row in AMENDS:
-        at = [place for place in found if row_of(members[order[place].model]) == row]
+        at = [place for place in found if rows[order[place].model] == row]
         if at:
             names = [name.removesuffix(".weight").removesuffix(".bias") for place in at for name in found[place]]
             short = dict.fromkeys(name.rpartition(".")[2] for name in names)
