@@ -38,8 +38,10 @@ def document(rows: Mapping[str, str], version: str) -> str:
         "- **refused**: layercut says why and writes nothing. With `allow: inexact` some of these are written, and the report says so.",
         "- **not run**: transformers cannot run the type here. Packages that towers of some types need (timm, torchvision, scipy) were",
         "  installed.", "",
-        "Depth-dependent values, index-dependent mathematics and shared weights are why some places are refused. Types that layercut",
-        "does not know are cut by the same rules; what these cannot explain stops the run, and a recipe can declare it (`architecture`).",
+        "Where the arithmetic of a layer depends on its index or on the depth, its weights make up for it (`beam`, `diffllama`, `esmc`,",
+        "`gpt2` with `scale_attn_by_inverse_layer_idx`). Depth-dependent values that cannot say the new order, parts that only some layers",
+        "have, and shared weights are why some places are refused. Types that layercut does not know are cut by the same rules; what",
+        "these cannot explain stops the run, and a recipe can declare it (`architecture`).",
         "",
         "| list | types | exact everywhere | refused at some places | refused everywhere | not run |", "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip

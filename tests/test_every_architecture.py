@@ -102,7 +102,7 @@ def test_the_page_counts_what_it_lists() -> None:
     assert page().document(listed(), version[1]) == text
 
 
-@pytest.mark.parametrize("kind", ["llama", "dory", "zaya", "blt"])
+@pytest.mark.parametrize("kind", ["llama", "dory", "zaya", "blt", "hy_v4", "diffllama"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_cut_is_found(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle is no rubber stamp: when another layer goes than the one that was asked for, that is seen."""
