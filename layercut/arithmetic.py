@@ -6,7 +6,8 @@ Every operation is elementwise and rounds the same way on every machine, so piec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import nan, prod
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
+from math import isfinite, nan, prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from layercut.copying import Range, SourceFiles
 from layercut.errors import OutputError
 from layercut.gathering import gathered_pieces
 from layercut.header import ITEM_BITS, quoted
-from layercut.plan import Part, TensorMade
+from layercut.plan import Band, Grown, Part, TensorMade
 from layercut.ways import BUFFER, write_at
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 DTYPES: Mapping[str, str] = MappingProxyType({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"})
 """Dtypes that are computed with: name in torch by name in safetensors."""
 
+LONGEST = 1 << 16
+"""Elements of a vector that can be moved along another one."""
 # Elements that are computed at once: every part of a tensor takes this much memory, a few times.
 PIECE = 1 << 20
 
@@ -54,6 +57,10 @@ def made_pieces(made: TensorMade, folders: Mapping[str, Path], opened: SourceFil
         for done in range(0, made.nbytes, BUFFER):
             yield zeros[: made.nbytes - done]
         return
+    if isinstance(made.amend, Grown):
+        whole = [opened.read(Range(folders[part.model] / part.file, part.begin, part.end)) for part in made.parts]
+        yield _compute(made, whole)
+        return
     elements = prod(made.shape)
     for first in range(0, elements, PIECE):
         last = min(first + PIECE, elements)
@@ -61,7 +68,7 @@ def made_pieces(made: TensorMade, folders: Mapping[str, Path], opened: SourceFil
         for part in made.parts:
             width = ITEM_BITS[part.dtype] // 8
             pieces.append(opened.read(Range(folders[part.model] / part.file, part.begin + first * width, part.begin + last * width)))
-        yield _compute(made, pieces)
+        yield _compute(made, pieces, first)
 
 
 def _of_piece(made: TensorMade, piece: bytearray) -> bytearray:
@@ -74,12 +81,14 @@ def _of_piece(made: TensorMade, piece: bytearray) -> bytearray:
     return _compute(made.model_copy(update={"parts": (whole,)}), [piece])
 
 
-def _compute(made: TensorMade, pieces: Sequence[bytearray]) -> bytearray:
-    """The bytes of one piece of the tensor from the same piece of its parts."""
+def _compute(made: TensorMade, pieces: Sequence[bytearray], first: int = 0) -> bytearray:
+    """The bytes of one piece of the tensor, from element `first` on, from the same piece of its parts."""
     import torch
 
     parts = [torch.frombuffer(piece, dtype=_torch(part.dtype)) for part, piece in zip(made.parts, pieces, strict=True)]
-    value = _value(made, parts)
+    value = _value(made, parts, first)
+    if isinstance(made.amend, Grown):
+        parts = [part[made.amend.at :][: value.numel()] for part in parts]
     data = bytearray(value.numel() * ITEM_BITS[made.dtype] // 8)
     result = torch.frombuffer(data, dtype=_torch(made.dtype))
     result.copy_(value)
@@ -97,10 +106,13 @@ def _compute(made: TensorMade, pieces: Sequence[bytearray]) -> bytearray:
     return data
 
 
-def _value(made: TensorMade, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _value(made: TensorMade, parts: Sequence[torch.Tensor], first: int) -> torch.Tensor:
     """The computation that `TensorMade` states, but for its last cast."""
     import torch
 
+    if isinstance(made.amend, Grown):
+        grown = _grown(made, made.amend, *(part.double().tolist() for part in parts))
+        return torch.tensor(grown, dtype=torch.float64).to(_torch(made.compute or made.parts[0].dtype))
     value, weight = parts[0], made.parts[0].weight
     if len(parts) > 1 or weight != 1:
         wide = torch.float64 if any(part.dtype == "F64" for part in made.parts) else torch.float32
@@ -111,7 +123,27 @@ def _value(made: TensorMade, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     value = value.to(_torch(made.compute or made.parts[0].dtype))
     for factor in made.factors:
         value = value * factor
+    if isinstance(made.amend, Band):
+        columns = torch.arange(made.amend.at + first, made.amend.at + first + value.numel()) % made.amend.row
+        value = torch.where(columns < made.amend.stop, value * made.amend.by, value)
     return value
+
+
+def _grown(made: TensorMade, how: Grown, query: Sequence[float], key: Sequence[float]) -> list[float]:
+    """The elements of `query + key * (log(exp(a) + by) - a) / key . key` with a = query . key that `made` holds.
+
+    Of all that give exp(query . key) + by this is the one nearest to `query`. Decimal arithmetic rounds the same way on every machine.
+    """
+    with localcontext(Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])):
+        q, k = ([Decimal(number) for number in numbers] for numbers in (query, key))
+        a, square = (sum((one * other for one, other in zip(left, k, strict=True)), Decimal(0)) for left in (q, k))
+        step = (1 + Decimal(how.by) * (-a).exp()).ln() / square
+        wanted = [float(one + other * step) for one, other in zip(q, k, strict=True)][how.at : how.at + prod(made.shape)]
+    if not all(map(isfinite, wanted)):
+        why = "is zero" if not any(key) else "or it holds NaN, infinity or numbers too large"
+        message = f"cannot make up for the new place of its layer: the tensor that it is multiplied with {why}"
+        raise OutputError(message, where=f"tensor {quoted(made.name)}")
+    return wanted
 
 
 def _torch(dtype: str) -> torch.dtype:

@@ -14,8 +14,8 @@ from layercut.calibration import Auto, Calibration
 from layercut.checkpoint import Tensor
 from layercut.ends import find_ends
 from layercut.errors import CalibrationError, CheckpointError, LayercutError, RecipeError, RefusedError
-from layercut.header import ITEM_BITS
-from layercut.layout import FLOATS, layer_tensors
+from layercut.header import FLOATS, ITEM_BITS
+from layercut.layout import layer_tensors
 from layercut.metrics import Metric
 from layercut.operations import Wish
 from layercut.plan import Candidate, Choice, Measurement, Trial

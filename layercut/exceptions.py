@@ -56,10 +56,6 @@ def _last_stays(case: Case) -> bool:
     return case.depth - 1 not in case.order[:-1]
 
 
-def _same_depth(case: Case) -> bool:
-    return len(case.order) == case.depth
-
-
 def _never(case: Case) -> bool:
     return False
 
@@ -71,19 +67,31 @@ def _ranks(case: Case) -> bool:
     return kept == listed[: len(kept)]
 
 
-def _led(case: Case) -> bool:
-    """Every layer that reuses the top-k of an indexer still stands behind that of the same layer."""
+def _leaders(case: Case) -> list[tuple[int | None, int | None]]:
+    """For every layer of the new stack that reuses the top-k of an indexer: the layer that it takes it of, in the source and now."""
     kinds = case.kinds("indexer_types")
-    if not kinds:
-        return True
-    leaders = [max((i for i in range(index + 1) if kinds[i] == "full"), default=None) for index in range(case.depth)]
-    leader: int | None = None
-    for index in case.order:
+    found: list[tuple[int | None, int | None]] = []
+    now: int | None = None
+    for index in case.order if kinds else ():
         if kinds[index] == "full":
-            leader = index
-        elif leader is None or leader != leaders[index]:
-            return False
-    return True
+            now = index
+        else:
+            found.append((max((i for i in range(index) if kinds[i] == "full"), default=None), now))
+    return found
+
+
+def _led(case: Case) -> bool:
+    """Every layer that reuses the top-k of an indexer has one before it."""
+    return all(now is not None for _, now in _leaders(case))
+
+
+def _led_at_once(case: Case) -> bool:
+    """Every layer of attention that reuses the top-k of an indexer stands right behind a layer of attention with one."""
+    modes, kinds = case.kinds("indexer_types"), case.kinds("layer_types")
+    leads = [mode == "full" and kind != "linear_attention" for mode, kind in zip(modes, kinds, strict=False)]
+    follows = [mode == "shared" and kind != "linear_attention" for mode, kind in zip(modes, kinds, strict=False)]
+    before = [None, *case.order]
+    return not leads or all(at is not None and leads[at] for at, index in zip(before, case.order, strict=False) if follows[index])
 
 
 def _producers(case: Case) -> bool:
@@ -175,20 +183,11 @@ GEMMA = ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_tex
 
 EXCEPTIONS = (
     Exceptional(
-        ("gpt2", "gpt-sw3"),
-        _tail,
-        "scale_attn_by_inverse_layer_idx divides attention by the layer index",
-        lambda case: bool(case.node.get("scale_attn_by_inverse_layer_idx")),
-    ),
-    Exceptional(("diffllama",), _tail, "lambda_init depends on the layer index, and no value of the config says otherwise"),
-    Exceptional(
         ("minimax",),
         _tail,
         "the decay of lightning attention depends on the layer index, and the file does not hold it",
         lambda case: not any(name.endswith("slope_rate") for name in case.tensors),
     ),
-    Exceptional(("beam",), _tail, "what a layer adds is scaled by its index, and no value of the config says otherwise"),
-    Exceptional(("esmc",), _same_depth, "the residual is divided by sqrt(number of layers / 36), and no value of the config says so"),
     Exceptional(("modernbert", "modernbert-decoder"), _first, "the first layer has no attention norm"),
     Exceptional(
         ("deberta-v2",),
@@ -204,7 +203,13 @@ EXCEPTIONS = (
         lambda case: case.stack == "encoder" and case.node.get("stagger_local_blocks") is not False,
     ),
     Exceptional((), _producers, "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"),
-    Exceptional((), _led, "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"),
+    Exceptional((), _led, "a layer reuses the top-k of an indexer before it, and there would be none (indexer_types)", fatal=True),
+    Exceptional(
+        ("glm5_next_text",),
+        _led_at_once,
+        "a layer reuses the top-k of the layer right before it, and that would have none (indexer_types)",
+        fatal=True,
+    ),
     Exceptional((), _attends, "no layer of attention would be left, and the cache of the class wants one", fatal=True),
     Exceptional(GEMMA[2:], _ends_full, "the class makes the last layer one of full attention, whatever layer_types says", fatal=True),
     Exceptional(
@@ -291,6 +296,11 @@ def _model_types(config: Mapping[str, Any]) -> Iterable[str]:
             yield from _model_types(value)
 
 
+def objection(kind: str | None, reason: str) -> Objection:
+    """The objection that a stack would load, for a reason that stands in no row here."""
+    return Objection(_said(kind, Exceptional((), _never, reason)), False)
+
+
 def _said(kind: str | None, row: Exceptional) -> str:
     end = "this stack would not run as it is" if row.fatal else "this stack would load but compute something else"
     return f"model type {kind}: {row.reason}, so {end}"
@@ -313,14 +323,21 @@ DEEPSTACK = (
 
 def remarks(case: Case) -> list[str]:
     """What the reader should know of a stack that is exact."""
+    found = []
     if case.model_type == "rwkv" and case.order[0] != 0:
-        return ["the norm of the embeddings, which layer 0 keeps (pre_ln), stays before the first layer"]
+        found.append("the norm of the embeddings, which layer 0 keeps (pre_ln), stays before the first layer")
+    kinds = case.kinds("indexer_types")
+    followers = [at for at, index in enumerate(case.order) if kinds and kinds[index] != "full"]
+    others = [str(at) for at, (before, now) in zip(followers, _leaders(case), strict=True) if before != now]
+    if others:
+        named = f"layer{'s' * (len(others) > 1)} {', '.join(others)} of the new stack reuse{'s' * (len(others) == 1)}"
+        found.append(f"{named} the top-k of another layer's indexer than before, the one that now stands before (indexer_types)")
     kind = case.root.get("model_type")
     vision = case.root.get("vision_config")
     fed = vision.get("deepstack_visual_indexes") if isinstance(vision, Mapping) else None
     count = len(fed) if isinstance(fed, list) else 0
     if kind in DEEPSTACK and case.stack == "text" and list(case.order[:count]) != list(range(count)):
-        return [
+        found.append(
             f"features of images are added behind the first {count} layers, whichever these are; texts without images are not concerned"
-        ]
-    return []
+        )
+    return found

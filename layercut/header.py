@@ -28,6 +28,8 @@ MAX_VALUES = 1_000_000
 MAX_ELEMENTS = 2**63
 """No tensor has as many elements, nor a dimension as long: torch counts in int64."""
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes that are computed with."""
 ITEM_BITS: Mapping[str, int] = MappingProxyType(
     {
         **dict.fromkeys(("F4",), 4),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from layercut.amends import changes, row_of
 from layercut.architecture import Member, find_stack
 from layercut.checkpoint import Checkpoint, Tensor
 from layercut.errors import LayercutError, RefusedError
@@ -64,6 +65,9 @@ def cut(model: Any, start: int, stop: int) -> None:
     surgery = operate(member.checkpoint.config_text, NAME, {NAME: member}, stack)
     if member.stack.depth_key.form == "pairs":
         raise RefusedError("the config of this model counts attention and MLP apart on disk only", hint=RECIPE)
+    row = row_of(member)
+    if row is not None and changes({NAME: member}, stack):
+        raise RefusedError(f"{row.reason}, and weights would have to make up for it", hint=RECIPE)
     if _moves_weights(member, stack):
         raise RefusedError("weights that one layer, or one tensor, keeps for others would have to move", hint=RECIPE)
     for prefix in member.stack.prefixes:

@@ -8,18 +8,18 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import NamedTuple
 
+from layercut.amends import Change, changes, hindrance, told
 from layercut.architecture import LayerStack, Member, Place
 from layercut.checkpoint import Checkpoint, Tensor
 from layercut.ends import Ends, Outside, outside
 from layercut.errors import RefusedError
+from layercut.header import FLOATS
 from layercut.homes import Home, homes
-from layercut.plan import LeftOut, OutputFile, Part, TensorCopy, TensorMade
+from layercut.plan import Band, Grown, LeftOut, OutputFile, Part, TensorCopy, TensorMade
 from layercut.scalings import Groups, factors
 from layercut.shards import Entry, Grid, index_text, shard
 from layercut.stack import LayerRef, Share
 from layercut.tables import Gathered, gathered
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Cast(NamedTuple):
@@ -35,6 +35,7 @@ class Layout(NamedTuple):
     files: tuple[OutputFile, ...]
     index_text: str | None
     left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...] = ()
 
 
 def layer_tensors(checkpoint: Checkpoint, stack: LayerStack) -> Mapping[int, tuple[Tensor, ...]]:
@@ -61,6 +62,7 @@ class Layouter:
         self.layers = {alias: layer_tensors(*member) for alias, member in members.items()}
         self.unchanged = [layer.index for layer in order if layer.fitted is None] == list(range(self._stack(0).depth))
         self.homes = {} if self._is_whole() else homes(members, order)
+        self.changes = {} if hindrance(members, order) is not None else changes(members, order)
 
     def lay_out(self, ends: Ends, max_shard_size: int, scalings: tuple[Groups, Groups] = ((), ())) -> Layout:
         """Files of at most `max_shard_size` bytes of tensors.
@@ -81,7 +83,21 @@ class Layouter:
             raise RefusedError("the output would hold this tensor twice", where=twice[0])
         metadata = dict(self.members[self.order[0].model].checkpoint.metadata) or {"format": "pt"}
         files = tuple(shard(entries, max_shard_size, metadata, self.grids))
-        return Layout(files, index_text(files), () if whole else tuple(self._left_out(ends)))
+        return Layout(files, index_text(files), () if whole else tuple(self._left_out(ends)), tuple(self._notes(entries)))
+
+    def _notes(self, entries: Sequence[Entry]) -> list[str]:
+        """What is said of layers that are changed to make up for their new place."""
+        if not self.changes:
+            return []
+        wanted = {self._stack(at).rename(place, at) for at in self.changes for place in self._places(at) if place.rest in self.changes[at]}
+        return told(self.members, self.order, [entry.dtype for entry in entries if entry.name in wanted])
+
+    def _places(self, position: int) -> Iterator[Place]:
+        layer = self.order[position]
+        for tensor in self.layers[layer.model][layer.index]:
+            place = self._stack(position).place(tensor.name)
+            if place is not None:
+                yield place
 
     def _is_whole(self) -> bool:
         """Whether the stack is that of its only model."""
@@ -126,31 +142,54 @@ class Layouter:
             if len(kinds) > 1:
                 raise RefusedError(f"tensors of different kinds cannot be averaged: {' and '.join(kinds)}", where=tensor.name)
             by = factors(layer.scalings, tensor.name)
-            yield self._entry(stack.rename(place, position), [table[key] for table in tables], shares, by)
+            name, change = stack.rename(place, position), self.changes.get(position, {}).get(place.rest)
+            if change is None:
+                yield self._entry(name, [table[key] for table in tables], shares, by)
+            elif change.along is None:
+                yield self._changed(name, [table[key] for table in tables], shares, by, change)
+            else:
+                other = tables[0][(place.prefix, change.along)]
+                if layer.shares or by or factors(layer.scalings, other.name):
+                    message = "this tensor makes up for the new index of its layer, and cannot be averaged or scaled too"
+                    raise RefusedError(message, where=tensor.name)
+                pair = (*shares, shares[0].model_copy(update={"weight": 0}))
+                yield self._entry(name, [tensor, other], pair, (), Grown(by=change.by))
         for rest, tensor, zero in home.added:
             name = stack.rename(Place(stack.prefix, 0, rest), position)
             by = (0.0,) if zero else factors(layer.scalings, tensor.name)
             yield self._entry(name, (tensor,), (self._whole(layer.model),), by)
+
+    def _changed(self, name: str, tensors: Sequence[Tensor], shares: Sequence[Share], by: tuple[float, ...], change: Change) -> Entry:
+        """A tensor that is multiplied, as a whole or in the first columns of its rows."""
+        if change.columns == 1:
+            return self._entry(name, tensors, shares, (*by, change.by))
+        row = tensors[0].shape[-1] if tensors[0].shape else 0
+        if row == 0 or row % change.columns:
+            message = f"a row of {row} elements has no {change.columns} equal parts, of which one makes up for the new index of its layer"
+            raise RefusedError(message, where=tensors[0].name)
+        return self._entry(name, tensors, shares, by, Band(by=change.by, row=row, stop=row // change.columns))
 
     def _by_rest(self, model: str, index: int) -> dict[tuple[str, str], Tensor]:
         stack = self.members[model].stack
         found = ((stack.place(tensor.name), tensor) for tensor in self.layers[model][index])
         return {(place.prefix, place.rest): tensor for place, tensor in found if place is not None}
 
-    def _entry(self, name: str, tensors: Sequence[Tensor], shares: Sequence[Share], by: tuple[float, ...]) -> Entry:
+    def _entry(
+        self, name: str, tensors: Sequence[Tensor], shares: Sequence[Share], by: tuple[float, ...], amend: Band | Grown | None = None
+    ) -> Entry:
         """One tensor of the output: a copy where its bytes stay what they are, else arithmetic."""
         first = tensors[0]
         floating = first.dtype in FLOATS
         write = (self.cast.write or self.cast.compute or first.dtype) if floating else first.dtype
         compute = self.cast.compute if floating and self.cast.compute != first.dtype else None
-        if len(tensors) == 1 and not by and write == first.dtype and compute is None:
+        if len(tensors) == 1 and not by and amend is None and write == first.dtype and compute is None:
             return _copy(name, first, shares[0].model)
         if not floating:
             raise RefusedError(f"arithmetic on {first.dtype} is refused: quantised weights are not what they say", where=first.name)
         parts = tuple(_part(share, tensor) for share, tensor in zip(shares, tensors, strict=True))
         if 0.0 in by:
             return TensorMade(name=name, dtype=write, shape=first.shape, parts=())
-        return TensorMade(name=name, dtype=write, shape=first.shape, parts=parts, factors=by, compute=compute)
+        return TensorMade(name=name, dtype=write, shape=first.shape, parts=parts, factors=by, compute=compute, amend=amend)
 
     def _table(self, part: Outside, table: Gathered, by: tuple[float, ...]) -> TensorMade:
         """A tensor with one part a layer, for the new stack."""

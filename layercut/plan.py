@@ -17,12 +17,14 @@ from layercut.stack import LayerRef, Record
 __all__ = [
     "FORMAT",
     "Actions",
+    "Band",
     "Candidate",
     "Choice",
     "Companion",
     "Distance",
     "Edit",
     "Gather",
+    "Grown",
     "LayerRef",
     "LeftOut",
     "Measurement",
@@ -243,8 +245,26 @@ class Gather(Record):
         return sum(strip.width for strip in self.strips)
 
 
+class Band(Record):
+    """A factor for the first columns of every row: elements before `stop` of each `row`."""
+
+    by: FiniteFloat
+    row: Annotated[int, Field(ge=1, lt=MAX_ELEMENTS)]
+    stop: Position
+    at: Position = 0
+    """Element of the tensor at which this piece of it begins."""
+
+
+class Grown(Record):
+    """The first part `q` is moved along the second `k` until exp(q . k) is larger by `by`: what `cast` is given is the new `q`."""
+
+    by: Annotated[FiniteFloat, Field(gt=0)]
+    at: Position = 0
+    """Element of the tensor at which this piece of it begins; the parts are whole in every piece."""
+
+
 class TensorMade(Record):
-    """One tensor of the output that is computed: `cast(sum of weight * part) * factors`, one factor after the other.
+    """One tensor of the output that is computed: `cast(sum of weight * part) * factors`, one factor after the other, then `amend`.
 
     Without parts it is zero, or what `gather` says. The cast is to `compute` (or, when null, to the dtype of the first part); an
     average is taken in float32, each product is rounded in the dtype of the computation, and the result is cast to `dtype`.
@@ -258,6 +278,8 @@ class TensorMade(Record):
     compute: str | None = None
     gather: Gather | None = None
     """Strips of other tensors, in place of parts."""
+    amend: Band | Grown | None = None
+    """What makes up for the new place of a layer whose arithmetic depends on it, beyond plain factors."""
 
     @property
     def nbytes(self) -> int:

@@ -71,7 +71,7 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: S
         choices=tuple(evidence.choices),
         edits=surgery.edits,
         left_out=(*layout.left_out, *_left_out(sources, used, donor, tokenizer, companions, {*surgery.texts} - {*_texts(recipe)})),
-        notes=(*notes, *ends.notes, *surgery.notes, *evidence.notes, *shared),
+        notes=(*notes, *ends.notes, *surgery.notes, *layout.notes, *evidence.notes, *shared),
         measurement=evidence.measurement,
         actions=Actions(
             layers=stack,

@@ -48,7 +48,7 @@ class LayerRef(Record):
 
     @property
     def plain(self) -> bool:
-        """Whether the layer is a byte copy."""
+        """Whether no arithmetic is asked of the layer."""
         return not self.shares and not self.scalings and self.fitted is None
 
 

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from layercut.amends import hindrance
 from layercut.anatomy import MTP_KEYS, Member, config_node
 from layercut.architecture import FALLBACK
 from layercut.checkpoint import read_text
 from layercut.errors import CheckpointError, RefusedError
-from layercut.exceptions import Case, objections, remarks
+from layercut.exceptions import Case, objection, objections, remarks
 from layercut.header import parse_json
 from layercut.implied import implied_values
 from layercut.jsontext import replace
@@ -77,11 +78,12 @@ def _objections(donor: str, members: Mapping[str, Member], order: Sequence[Layer
     case = Case(
         view.kind, view.node, [layer.index for layer in order], view.stack.depth, view.stack.name, names, members[donor].checkpoint.config,
     )  # fmt: skip
-    found = objections(case)
-    for objection in found:
-        if not inexact or objection.fatal:
-            raise RefusedError(objection.text, hint=None if objection.fatal else INEXACT)
-    return [*(f"inexact: {objection.text}" for objection in found), *remarks(case)]
+    hindered = hindrance(members, order)
+    found = [*objections(case), *([] if hindered is None else [objection(view.kind, hindered)])]
+    for one in found:
+        if not inexact or one.fatal:
+            raise RefusedError(one.text, hint=None if one.fatal else INEXACT)
+    return [*(f"inexact: {one.text}" for one in found), *remarks(case)]
 
 
 class _Surgeon:

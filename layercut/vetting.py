@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from layercut.arithmetic import DTYPES
+from layercut.arithmetic import DTYPES, LONGEST
 from layercut.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint, weight_files
 from layercut.companions import left_out_reason
 from layercut.errors import CheckpointError, OutputError
 from layercut.fetching import check_here
 from layercut.header import ITEM_BITS, parse_json, quoted
-from layercut.plan import Actions, Gather, OutputFile, Part, Plan, TensorCopy, TensorMade
+from layercut.plan import Actions, Band, Gather, Grown, OutputFile, Part, Plan, TensorCopy, TensorMade
 from layercut.report import REPORT
 
 
@@ -111,11 +111,23 @@ def _check_made(made: TensorMade, sources: Mapping[str, Checkpoint]) -> None:
     if made.gather is not None:
         _check_gather(what, made, made.gather, sources)
     _require(bool(made.parts) or made.gather is not None or not made.factors, f"plan multiplies {what}, which has no parts")
+    if made.amend is not None:
+        _check_amend(what, made, made.amend)
     for kind, numbers in (("weight", [part.weight for part in made.parts]), ("factor", made.factors)):
         odd = next((number for number in numbers if not math.isfinite(number)), None)
         _require(odd is None, f"plan computes {what} with the {kind} {odd}")
     for part in made.parts:
         _check_range(what, part, made.shape, sources)
+
+
+def _check_amend(what: str, made: TensorMade, amend: Band | Grown) -> None:
+    """The rows are those of a whole tensor; what grows is a short vector beside another one, and nothing else is done to it."""
+    elements = math.prod(made.shape)
+    if isinstance(amend, Band):
+        fits = bool(made.parts) and amend.stop <= amend.row and elements % amend.row == 0 and math.isfinite(amend.by)
+    else:
+        fits = len(made.parts) == 2 and not made.factors and elements <= LONGEST and math.isfinite(amend.by)
+    _require(fits and amend.at == 0 and made.gather is None, f"plan amends {what} in a way that does not fit it")
 
 
 def _check_gather(what: str, made: TensorMade, gather: Gather, sources: Mapping[str, Checkpoint]) -> None:

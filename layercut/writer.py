@@ -19,7 +19,7 @@ from layercut.errors import OutputError
 from layercut.hands import Job, together
 from layercut.header import ITEM_BITS
 from layercut.journal import Entry, Journal, continued_file
-from layercut.plan import OutputFile, Plan, TensorCopy, TensorMade
+from layercut.plan import Grown, OutputFile, Plan, TensorCopy, TensorMade
 from layercut.report import file_digest
 from layercut.staging import Place
 
@@ -190,8 +190,11 @@ def _cut(step: Step, first: int, last: int) -> Step:
     if step.gather is not None:
         at = step.gather.at + begin * ITEM_BITS[step.gather.dtype] // 8
         return step.model_copy(update={"shape": (end - begin,), "gather": step.gather.model_copy(update={"at": at})})
+    amend = None if step.amend is None else step.amend.model_copy(update={"at": step.amend.at + begin})
+    if isinstance(amend, Grown):
+        return step.model_copy(update={"shape": (end - begin,), "amend": amend})
     parts = []
     for part in step.parts:
         each = ITEM_BITS[part.dtype] // 8
         parts.append(part.model_copy(update={"begin": part.begin + begin * each, "end": part.begin + end * each}))
-    return step.model_copy(update={"shape": (end - begin,), "parts": tuple(parts)})
+    return step.model_copy(update={"shape": (end - begin,), "parts": tuple(parts), "amend": amend})

@@ -138,6 +138,10 @@ DELETED = ("SqueezeBertEncoder", "ZayaModel", "BltLocalDecoder", "BltLocalEncode
 """Classes whose layers are taken out of their lists: no hook sees all that a layer hands on, or the parts of a layer are in two lists."""
 
 
+TOPK = "prev_topk_indices"
+"""What layers hand on of the last indexer, beside the hidden states: it is the second thing that they give."""
+
+
 @contextmanager
 def skipped(model: Any, lists: Sequence[str], layers: Sequence[int]) -> Iterator[None]:
     """The model with these layers skipped in place: each gives its input where its output was."""
@@ -219,6 +223,8 @@ def _through(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output:
     hidden = hidden_of(args, kwargs)
     if hasattr(module, "pre_ln"):  # the norm of the embeddings of RWKV, which its first layer applies for them
         hidden = module.pre_ln(hidden)
+    if TOPK in kwargs:  # what an indexer before it has chosen passes it by
+        output = (output[0], kwargs[TOPK], *output[2:])
     return _replaced(output, hidden, kwargs)
 
 
@@ -296,11 +302,13 @@ def again(model: Any, lists: Sequence[str], block: Sequence[int], other: Any = N
             hidden = _states(output)
             for layer in block:
                 old, named = calls[layer]
+                named = {**named, TOPK: output[1]} if TOPK in named else named
                 old = (old[0], brought[layer], *old[2:]) if layer in brought else old
                 made = (
                     layers[layer].forward(hidden, *old[1:], **named) if old else layers[layer].forward(**{**named, "hidden_states": hidden})
                 )
                 hidden = _states(made)
+                output = made if TOPK in named else output
             return _replaced(output, hidden, kwargs)
 
         handles += [first[layer].register_forward_pre_hook(seen(layer), with_kwargs=True) for layer in block]

@@ -79,6 +79,9 @@ def saved(kind: str, task: str, folder: Path, seed: int = 0) -> Source:
     """A tiny checkpoint of a type, saved and loaded again by transformers. Raises Unrunnable where transformers cannot run it."""
     if kind in zoo.UNRUNNABLE:
         raise Unrunnable(zoo.UNRUNNABLE[kind])
+    package = zoo.lacking(kind)
+    if package is not None:
+        raise Unrunnable(f"a tower of it needs the package {package}")
     zoo.tiny_model(kind, task, seed).save_pretrained(folder)
     loaded = oracle.load(folder)
     if loaded.problems:

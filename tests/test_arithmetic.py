@@ -19,7 +19,7 @@ from layercut import arithmetic
 from layercut.arithmetic import DTYPES, write_made
 from layercut.copying import BUFFER, SourceFiles
 from layercut.errors import CheckpointError, OutputError
-from layercut.plan import Part, TensorMade
+from layercut.plan import Band, Grown, Part, TensorMade
 
 SHAPE = (37, 53)
 START = 24  # bytes of the file before the first tensor
@@ -37,7 +37,7 @@ def random_tensor(dtype, seed, shape=SHAPE):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(torch_dtype(dtype))
 
 
-def run(tmp_path, parts, *, dtype, factors=(), compute=None, shape=SHAPE, offset=7):
+def run(tmp_path, parts, *, dtype, factors=(), compute=None, shape=SHAPE, offset=7, amend=None):
     """Bytes that are written for [(tensor, dtype, weight)]; every part stands in one file, after the other."""
     path, data, records = tmp_path / "source", b"#" * START, []
     for tensor, name, weight in parts:
@@ -45,7 +45,7 @@ def run(tmp_path, parts, *, dtype, factors=(), compute=None, shape=SHAPE, offset
         records.append(Part(model="m", file="source", begin=len(data), end=len(data) + len(piece), dtype=name, weight=weight))
         data += piece
     path.write_bytes(data + b"#")
-    made = TensorMade(name="model.w", dtype=dtype, shape=shape, parts=tuple(records), factors=factors, compute=compute)
+    made = TensorMade(name="model.w", dtype=dtype, shape=shape, parts=tuple(records), factors=factors, compute=compute, amend=amend)
     moves = []
     with ExitStack() as stack, (tmp_path / "target").open("wb") as target:
         write_made(made, {"m": tmp_path}, SourceFiles(stack), target.fileno(), offset, moves.append)
@@ -347,3 +347,71 @@ def test_nothing_global_is_set(tmp_path):
     before = state()
     run(tmp_path, [(random_tensor("F32", 1), "F32", 0.5), (random_tensor("F32", 2), "F32", 0.5)], dtype="BF16", factors=(2.0,))
     assert state() == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("piece", [3, 7, 1 << 20])
+def test_a_factor_for_the_first_columns(tmp_path, monkeypatch, dtype, piece):
+    monkeypatch.setattr(arithmetic, "PIECE", piece)
+    tensor = random_tensor(dtype, 3, (4, 6))
+    expected = torch.cat([tensor[:, :2] * 0.5 * 0.3, tensor[:, 2:] * 0.5], 1)
+    found = run(tmp_path, [(tensor, dtype, 1)], dtype=dtype, factors=(0.5,), shape=(4, 6), amend=Band(by=0.3, row=6, stop=2))
+    assert found == raw(expected)
+    rest = Band(by=0.3, row=6, stop=2, at=9)  # a later piece of the same tensor
+    flat = tensor.flatten()[9:]
+    assert run(tmp_path, [(flat, dtype, 1)], dtype=dtype, factors=(0.5,), shape=(15,), amend=rest) == raw(expected.flatten()[9:])
+
+
+def test_a_band_overflows_as_a_factor_does(tmp_path):
+    tensor = torch.tensor([60_000.0, 60_000.0], dtype=torch.float16)
+    band = Band(by=2.0, row=2, stop=1)
+    with pytest.raises(OutputError, match="overflows F16"):
+        run(tmp_path, [(tensor, "F16", 1)], dtype="F16", shape=(2,), amend=band)
+
+
+VECTORS = st.lists(st.floats(-2, 2, width=32), min_size=4, max_size=4)
+
+
+@settings(max_examples=50)
+@given(query=VECTORS, key=VECTORS.filter(lambda found: max(map(abs, found)) > 0.1), by=st.floats(1e-3, 0.6))
+def test_a_vector_grows_along_another(tmp_path_factory, query, key, by):
+    """exp(q . k) is larger by what was asked, and q has moved along k and no other way."""
+    q, k = torch.tensor(query, dtype=torch.float64), torch.tensor(key, dtype=torch.float64)
+    found = run(tmp_path_factory.mktemp("g"), [(q, "F64", 1), (k, "F64", 0)], dtype="F64", shape=(4,), amend=Grown(by=by))
+    grown = torch.frombuffer(bytearray(found), dtype=torch.float64)
+    before, after = float(q @ k), float(grown @ k)
+    assert math.isclose(math.exp(after) - math.exp(before), by, rel_tol=1e-6)
+    moved = grown - q
+    assert float((moved - k * float(moved @ k) / float(k @ k)).abs().max()) < 1e-12
+    assert float(moved @ k) > 0
+
+
+@pytest.mark.parametrize(("dtype", "to"), [("F32", "F32"), ("BF16", "BF16"), ("F16", "F32"), ("BF16", "F16")])
+def test_what_has_grown_is_rounded_once_to_each_dtype(tmp_path, dtype, to):
+    q, k = (random_tensor(dtype, seed, (8,)) for seed in (1, 2))
+    a = math.fsum(float(one) * float(other) for one, other in zip(q, k, strict=True))
+    step = math.log1p(0.25 * math.exp(-a)) / math.fsum(float(one) ** 2 for one in k)
+    expected = (q.double() + k.double() * step).to(torch_dtype(dtype)).to(torch_dtype(to))
+    how = {"dtype": to, "shape": (8,)}
+    found = run(tmp_path, [(q, dtype, 1), (k, dtype, 0)], amend=Grown(by=0.25), **how)
+    assert found == raw(expected)
+    later = {**how, "shape": (3,)}
+    assert run(tmp_path, [(q, dtype, 1), (k, dtype, 0)], amend=Grown(by=0.25, at=4), **later) == raw(expected[4:7])
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "why"),
+    [
+        ([1.0, 2.0], [0.0, 0.0], "is zero"),
+        ([1.0, 2.0], [0.0, -0.0], "is zero"),
+        ([1.0, math.nan], [1.0, 1.0], "or it holds NaN, infinity or numbers too large"),
+        ([1.0, 1.0], [math.inf, 1.0], "or it holds NaN, infinity or numbers too large"),
+        ([-1e300, 0.0], [1e300, 0.0], "or it holds NaN, infinity or numbers too large"),
+    ],
+)
+def test_a_vector_that_cannot_grow(tmp_path, query, key, why):
+    parts = [(torch.tensor(one, dtype=torch.float64), "F64", 1) for one in (query, key)]
+    with pytest.raises(OutputError) as caught:
+        run(tmp_path, parts, dtype="F64", shape=(2,), amend=Grown(by=0.5))
+    start = "tensor 'model.w': cannot make up for the new place of its layer: the tensor that it is multiplied with"
+    assert str(caught.value) == f"{start} {why}"

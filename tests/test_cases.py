@@ -491,7 +491,7 @@ def saved(folder: Path, kind: str, config: dict[str, Any]) -> Any:
             [0],
             {"num_hidden_layers": 5, "mlp_only_layers": [0, 3]},
         ),
-        ("diffllama", {"num_hidden_layers": 4}, [3], {"num_hidden_layers": 3}),
+        ("diffllama", {"num_hidden_layers": 4}, [0], {"num_hidden_layers": 3}),
         ("modernbert-decoder", {"num_hidden_layers": 8, "local_attention": 4}, [2, 3, 4], {"num_hidden_layers": 5}),
     ],
 )
@@ -569,12 +569,6 @@ def test_deepseek_without_its_prediction_layer(tmp_path: Path) -> None:
         ),
         ("gemma3n_text", GEMMA3N, [4], f"model type gemma3n_text: {PRODUCERS}, {ELSE}"),
         ("gemma3n_text", GEMMA3N, [7], f"model type gemma3n_text: {PRODUCERS}, {ELSE}"),
-        (
-            "diffllama",
-            {"num_hidden_layers": 4},
-            [0],
-            f"model type diffllama: lambda_init depends on the layer index, and no value of the config says otherwise, {ELSE}",
-        ),
         (
             "jamba",
             JAMBA,

@@ -169,8 +169,8 @@ def test_inspect_names_the_stacks_and_the_cuts_that_are_refused(tmp_path: Path) 
     checkpoint = open_checkpoint(folder, reference="d")
     data = inspect_data(checkpoint, find_stack(checkpoint))
     reason = (
-        "model type diffllama: lambda_init depends on the layer index, and no value of the config says otherwise, "
-        "so this stack would load but compute something else"
+        "model type diffllama: lambda_init depends on the layer index, and layer 0 has no self_attn.o_proj.weight in floating point "
+        "that could make up for it, so this stack would load but compute something else"
     )
     assert data["refused_cuts"] == [{"layers": [0, 1, 2], "reason": reason}]
     assert f"  no cut of                 layers 0-2: {reason}" in inspect_text(data).splitlines()

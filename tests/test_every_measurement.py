@@ -71,7 +71,7 @@ def test_states_are_those_of_plain_hooks_or_refused(name: str, tmp_path: Path) -
     assert not [outcome for outcome in examined.outcomes if outcome.verdict == WRONG]
     assert all(outcome.why and "\n" not in outcome.why for outcome in examined.outcomes if outcome.verdict in (REFUSED, RESIDENT))
     assert bool(examined.outcomes) != bool(examined.reason)
-    if of_this_version():
+    if of_this_version() and zoo.lacking(kind) is None:  # the page is made with all packages that towers need
         assert measuring.row(examined) == listed()[name], f"make the page again: {sys.executable} docs/measured.py {name}"
 
 

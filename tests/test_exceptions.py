@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from layercut.exceptions import EXCEPTIONS, Case, hopeless, objections, remarks
+from layercut.exceptions import EXCEPTIONS, Case, hopeless, objection, objections, remarks
 
 DEPTH = 6
 WHOLE = [0, 1, 2, 3, 4, 5]
@@ -21,17 +21,17 @@ def says(kind: str | None, reason: str, fatal: bool = False) -> str:
     return f"model type {kind}: {reason}, so this stack would {end}"
 
 
-ON = {"scale_attn_by_inverse_layer_idx": True}
-LAMBDA = "lambda_init depends on the layer index, and no value of the config says otherwise"
 GROUP = "layers take the weights of groups in turns, and some would take those of another (num_hidden_groups)"
 NO_QUERY = "only the first layer attends to no earlier block, and it has no weights to attend with"
 RUNS = "blocks of layers run again and again, and what they hand to the next run has its weights in one tensor for all of them"
 STAGGERED = "every second layer of the encoder attends to shifted blocks (stagger_local_blocks), and would do so where it did not before"
 BLOCKS = "the layers stand in blocks between which the text is pooled"
 SHARED = "layers read keys and values of layers that would be gone, or others (num_kv_shared_layers)"
-TOPK = "layers reuse the top-k of a layer that would be gone, or of another (indexer_types)"
+TOPK = "a layer reuses the top-k of an indexer before it, and there would be none (indexer_types)"
+AT_ONCE = "a layer reuses the top-k of the layer right before it, and that would have none (indexer_types)"
 GEMMA = {"num_kv_shared_layers": 2, "layer_types": [S, F, S, F, S, F]}  # 4 reads layer 2, 5 reads layer 3
 DSA = {"indexer_types": ["full", "shared", "full", "full", "shared", "shared"]}
+NEXT = {"indexer_types": ["full", "full", "full", "shared", "full", "shared"]}
 NORM = "the first layer has no attention norm"
 RANKS = "the rank of a layer in ple_layer_ids shapes its tables"
 NONE_LEFT = "no layer of attention would be left, and the cache of the class wants one"
@@ -42,19 +42,10 @@ ALONE = "one cross-attention serves the whole stack of one layer, and would be r
 @pytest.mark.parametrize(
     ("kind", "config", "order", "reason"),
     [
-        ("gpt2", ON, TAIL, None),
-        ("gpt2", ON, MIDDLE, "scale_attn_by_inverse_layer_idx divides attention by the layer index"),
-        ("gpt2", {}, MIDDLE, None),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": False}, HEAD, None),
-        ("gpt-sw3", ON, HEAD, "scale_attn_by_inverse_layer_idx divides attention by the layer index"),
-        ("diffllama", {}, TAIL, None),
-        ("diffllama", {}, [0, 1, 2, 3, 4, 5, 5], LAMBDA),
-        ("diffllama", {}, HEAD, LAMBDA),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, MIDDLE, None),
+        ("diffllama", {}, HEAD, None),
         ("minimax", {}, HEAD, "the decay of lightning attention depends on the layer index, and the file does not hold it"),
         ("minimax", {}, TAIL, None),
-        ("beam", {}, MIDDLE, "what a layer adds is scaled by its index, and no value of the config says otherwise"),
-        ("esmc", {}, TAIL, "the residual is divided by sqrt(number of layers / 36), and no value of the config says so"),
-        ("esmc", {}, [1, 0, 2, 3, 4, 5], None),
         ("minicpm3", {}, HEAD, None),
         ("rwkv", {}, HEAD, None),
         ("albert", {}, TAIL, None),
@@ -83,8 +74,8 @@ ALONE = "one cross-attention serves the whole stack of one layer, and would be r
         ("gemma3n_text", {**GEMMA, "num_kv_shared_layers": 0}, [0, 1, 3, 4, 5], None),
         ("novel", GEMMA, [0, 1, 2, 4, 5], SHARED),
         ("glm_moe_dsa", DSA, [0, 1, 3, 4, 5], None),
-        ("glm_moe_dsa", DSA, [0, 1, 2, 4, 5], TOPK),
-        ("glm_moe_dsa", DSA, [1, 2, 3, 4, 5], TOPK),
+        ("glm_moe_dsa", DSA, [0, 1, 2, 4, 5], None),
+        ("glm_moe_dsa", DSA, [0, 4, 5], None),
         ("neomme", {"layer_types": [S, F, S, F, S, F]}, [0, 1, 2, 5], None),
         (
             "neomme",
@@ -93,7 +84,7 @@ ALONE = "one cross-attention serves the whole stack of one layer, and would be r
             "value embeddings feed the first and the last layer of full attention",
         ),
         ("llama", {}, HEAD, None),
-        ("llama", ON, DOUBLED, None),
+        ("llama", {}, DOUBLED, None),
         ("gemma3_text", {"layer_types": [S, F, S, F, S, F]}, MIDDLE, None),
         (None, {}, HEAD, None),
     ],
@@ -127,6 +118,10 @@ def test_objections(kind: str | None, config: dict[str, Any], order: list[int], 
             TAIL,
             "the class ties the block that hybrid layers share, and cannot when one of them is left",
         ),
+        ("glm_moe_dsa", DSA, [1, 2, 3, 4, 5], TOPK),
+        ("novel", DSA, [4, 0], TOPK),
+        ("glm5_next_text", {**NEXT, "layer_types": [F, L, F, F, F, L]}, [0, 1, 3, 4, 5], AT_ONCE),
+        ("glm5_next_text", {**NEXT, "layer_types": [F, F, F, F, F, F]}, [0, 1, 2, 3, 5], AT_ONCE),
         ("funnel", {}, TAIL, BLOCKS),
         ("inkling2_text", {}, HEAD, NO_QUERY),
         ("inkling2_text", {}, [0, 1, 0], NO_QUERY),
@@ -148,6 +143,7 @@ def test_what_no_recipe_can_allow(kind: str, config: dict[str, Any], order: list
         ("mamba", {}, HEAD),
         ("zamba", {"layers_block_type": [L, "hybrid", L, L, "hybrid", L]}, HEAD),
         ("gemma4_text", {"layer_types": [S, F, S, F, S, F]}, [0, 1]),
+        ("glm5_next_text", {**NEXT, "layer_types": [F, L, F, F, F, L]}, [4, 3, 5, 2, 3]),
     ],
 )
 def test_the_same_types_where_it_is_exact(kind: str, config: dict[str, Any], order: list[int]) -> None:
@@ -204,6 +200,24 @@ def test_features_of_images_behind_the_first_layers() -> None:
     assert remarks(case("qwen3_vl_text", {}, [0, 2, 3], root=root)) == told
     assert remarks(case("qwen3_vl_text", {}, [0, 1, 3], root=root)) == []
     assert remarks(case("llama", {}, HEAD)) == []
+
+
+@pytest.mark.parametrize(
+    ("order", "told"),
+    [
+        ([0, 1, 3, 4, 5], []),
+        ([0, 1, 2, 4, 5], ["layers 3, 4 of the new stack reuse"]),
+        ([0, 1, 2, 3, 5, 2, 5], ["layer 6 of the new stack reuses"]),
+        ([1, 0], ["layer 0 of the new stack reuses"]),
+    ],
+)
+def test_layers_that_follow_another_indexer_are_told_of(order: list[int], told: list[str]) -> None:
+    end = "the top-k of another layer's indexer than before, the one that now stands before (indexer_types)"
+    assert remarks(case("glm_moe_dsa", DSA, order)) == [f"{start} {end}" for start in told]
+
+
+def test_an_objection_of_another_table() -> None:
+    assert objection("gpt2", "weights are packed") == (says("gpt2", "weights are packed"), False)
 
 
 def test_the_norm_of_the_embeddings_is_told_of() -> None:

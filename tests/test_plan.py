@@ -12,11 +12,13 @@ from pydantic import ValidationError
 from layercut.errors import LayercutError
 from layercut.plan import (
     Actions,
+    Band,
     Candidate,
     Choice,
     Companion,
     Distance,
     Edit,
+    Grown,
     LayerRef,
     LeftOut,
     Measurement,
@@ -217,6 +219,13 @@ def test_bytes_that_are_made(dtype: str, shape: tuple[int, ...], nbytes: int) ->
     assert TensorMade(name="w", dtype=dtype, shape=shape, parts=()).nbytes == nbytes
 
 
+@pytest.mark.parametrize("amend", [Band(by=0.5, row=4, stop=2), Grown(by=0.5)])
+def test_round_trip_of_what_is_amended(amend: Band | Grown) -> None:
+    whole = plan(actions=arithmetic(made=MADE.model_copy(update={"amend": amend})))
+    again = Plan.from_json(whole.to_json())
+    assert again == whole and type(again.actions.files[0].tensors[0].amend) is type(amend)  # type: ignore[union-attr]
+
+
 def test_weight_bytes_count_what_is_written_and_not_what_is_read() -> None:
     assert plan(actions=arithmetic()).weight_bytes == 32 + 32
 
@@ -230,6 +239,8 @@ def test_weight_bytes_count_what_is_written_and_not_what_is_read() -> None:
         arithmetic(AVERAGE, FITTED.model_copy(update={"fitted": "other"})),
         arithmetic(made=MADE.model_copy(update={"factors": (-2.0, 0.5)})),
         arithmetic(made=MADE.model_copy(update={"compute": None})),
+        arithmetic(made=MADE.model_copy(update={"amend": Band(by=0.5, row=4, stop=2)})),
+        arithmetic(made=MADE.model_copy(update={"amend": Grown(by=0.5)})),
         arithmetic(made=MADE.model_copy(update={"dtype": "F16"})),
         arithmetic(made=MADE.model_copy(update={"parts": (PART,)})),
         arithmetic(made=MADE.model_copy(update={"parts": (PART, PART.model_copy(update={"weight": 0.25}))})),

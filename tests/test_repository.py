@@ -62,7 +62,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("boundaries", "ends", "gallery", "heatmap", "hubmodel", "hubwriter", "page", "quantization", "recipe", "weights"),
     ("lineplot", "moves", "patterns", "source", "views"),
-    ("homes", "strangers", "tables"),
+    ("amends", "homes", "strangers", "tables"),
     ("surgery",),
     ("compatibility", "fetching", "inmemory", "layout", "start"),
     ("choices",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from layercut import writer
 from layercut.arithmetic import made_pieces
 from layercut.copying import Range, SourceFiles
 from layercut.header import ITEM_BITS
-from layercut.plan import Gather, Part, Strip, TensorCopy, TensorMade
+from layercut.plan import Band, Gather, Grown, Part, Strip, TensorCopy, TensorMade
 from layercut.writer import MARK, PAUSE, Piece, pieces, steps_of
 
 A, B = Path("a"), Path("b")
@@ -86,6 +87,20 @@ def test_gathered_tensors_are_cut_between_whole_bytes_and_elements(monkeypatch, 
         written = b"".join(b"".join(made_pieces(piece.step, {"m": tmp_path}, SourceFiles(stack))) for piece in found)
     assert written == b"".join(data[row + at : row + at + 24] for row in (0, 96) for at in (24, 0, 72))
     assert list(pieces([whole], 5, found[1].offset)) == found[1:]
+
+
+@pytest.mark.parametrize("amend", [Band(by=0.5, row=4, stop=3), Grown(by=0.25)])
+def test_amended_tensors_are_cut_between_elements(monkeypatch, tmp_path, amend):
+    monkeypatch.setattr(writer, "MARK", 10)
+    (tmp_path / "f").write_bytes(struct.pack("<16f", *range(16)))
+    parts = tuple(Part(model="m", file="f", begin=first, end=first + 32, dtype="F32", weight=1) for first in (0, 32))
+    whole = TensorMade(name="t", dtype="F32", shape=(8,), parts=parts[: 2 if isinstance(amend, Grown) else 1], amend=amend)
+    found = list(pieces([whole], 1, 0))
+    assert len(found) > 3 and [piece.step.amend.at for piece in found] == [(piece.offset - 1) // 4 for piece in found]
+    with ExitStack() as stack:
+        opened = SourceFiles(stack)
+        written = b"".join(b"".join(made_pieces(piece.step, {"m": tmp_path}, opened)) for piece in found)
+        assert written == b"".join(made_pieces(whole, {"m": tmp_path}, opened))
 
 
 def test_neighbours_are_joined_and_computed_tensors_stand_between():

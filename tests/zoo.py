@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -80,12 +81,13 @@ class Row(NamedTuple):
     """Why the type cannot be run here."""
 
 
-UNRUNNABLE: Mapping[str, str] = {
-    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), "its vision tower comes from the package timm"),
-    "inkling_mm_model": "its audio tower needs the package scipy",
-    "pi0": "it makes movements of a robot, not text",
-}
+UNRUNNABLE: Mapping[str, str] = {"pi0": "it makes movements of a robot, not text"}
 """Types that cannot be run here, each with the reason."""
+PACKAGES: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), ("timm", "torchvision")),
+    "inkling_mm_model": ("scipy",),
+}
+"""Packages beside torch and transformers that a tower of a type needs: the pages are made with them, tests do without."""
 DEPTHS: Mapping[str, int] = {
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), 8),
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text", "glm5_next", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), 8),
@@ -134,6 +136,10 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "full_attention"],
         "n_groups": 2,
     },
+    **{key: {"indexer_types": ["full", "full", "shared", "shared", "full", "shared"]} for key in ("glm_moe_dsa", "mistral_large4_text")},
+    "fast_vlm": {"vision_config.architecture": "test_efficientnet"},
+    "gemma3n": {"vision_config.architecture": "test_efficientnet"},
+    "perception_lm": {"vision_config.architecture": "test_vit", "vision_config.model_args": {"embed_dim": 64}},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
@@ -296,6 +302,11 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """What the rules cannot know of a type: values of its config by dotted key."""
+
+
+def lacking(kind: str) -> str | None:
+    """A package that is not here and that a tower of a type needs, or None."""
+    return next((name for name in PACKAGES.get(kind, ()) if importlib.util.find_spec(name) is None), None)
 
 
 def types(task: str) -> list[str]:
