@@ -184,7 +184,7 @@ def hindrance(members: Mapping[str, Member], order: Sequence[LayerRef]) -> str |
 
 def _lacking(member: Member, must: Sequence[str]) -> str | None:
     """Why the weights of a model cannot make up for anything, or None."""
-    if is_quantized(*member):
+    if is_quantized(*member) and not all("norm" in name for name in must):  # no scheme packs the weights of norms
         return "quantised weights cannot make up for it"
     for name in must:
         odd = next((layer for layer in range(member.stack.depth) if _dtype(member, layer, name) not in FLOATS), None)
@@ -205,5 +205,5 @@ def told(members: Mapping[str, Member], order: Sequence[LayerRef], dtypes: Seque
             short = dict.fromkeys(name.rpartition(".")[2] for name in names)
             coarse = [dtype for dtype in dict.fromkeys(dtypes) if dtype not in ("F32", "F64")]
             end = "".join([f"; in {' and '.join(coarse)} this rounds" * bool(coarse), f"; exact up to {row.but}" * bool(row.but)])
-            notes.append(f"{row.reason}: {', '.join(short)} of {len(at)} layer{'s' * (len(at) > 1)} make up for it{end}")
+            notes.append(f"{row.reason}: weights of {len(at)} layer{'s' * (len(at) > 1)} make up for it ({', '.join(short)}){end}")
     return notes

@@ -186,9 +186,10 @@ def test_bfloat16_rounds_a_little_and_the_plan_says_so(kind: str, tmp_path: Path
     run_recipe(plan, progress=False)
     off = float((said(loaded(tmp_path / "out", model)) - wanted).abs().max())
     assert 0 < off < 0.03 * float(wanted.std())
-    names = {"gpt2": "c_attn of", "diffllama": "o_proj, lambda_q1", "esmc": "o_proj, down_proj", "beam": "post_attention_layernorm"}
+    norms = "post_attention_layernorm, post_feedforward_layernorm"
+    names = {"gpt2": "c_attn", "diffllama": "o_proj, lambda_q1", "esmc": "o_proj, down_proj", "beam": norms}
     (note,) = (note for note in plan.notes if "make up for it" in note)
-    assert names[kind].split(",")[0] in note and "of 4 layers make up for it; in BF16 this rounds" in note
+    assert f": weights of 4 layers make up for it ({names[kind]}); in BF16 this rounds" in note
     assert ("exact up to the eps of norms" in note) == (kind == "beam")
 
 
@@ -288,6 +289,15 @@ def test_weights_that_cannot_make_up_are_refused_with_the_reason(
     assert made(plan) == [] and plan.notes == (f"inexact: {caught.value.message}",)
 
 
+def test_norms_of_a_quantised_model_make_up(tmp_path: Path) -> None:
+    norms = ["post_attention_layernorm.weight", "post_feedforward_layernorm.weight"]
+    quantised = {"quantization_config": {"quant_method": "fp8"}}
+    source = member(tmp_path / "m", "beam", [*norms, "self_attn.o_proj.weight"], **quantised)
+    assert hindrance({"m": source}, refs(1)) is None
+    plan = plan_recipe(Recipe.model_validate({"model": str(tmp_path / "m"), "steps": [{"prune": {"at": 0}}], "output": "x"}))
+    assert [tensor.name for tensor in made(plan)] == [f"model.layers.0.{name}" for name in norms]
+
+
 def made(plan: Plan) -> list[TensorMade]:
     return [tensor for file in plan.actions.files for tensor in file.tensors if isinstance(tensor, TensorMade)]
 
@@ -373,7 +383,8 @@ def test_a_vector_of_zeros_cannot_make_up(tmp_path: Path) -> None:
 
 def test_what_is_told(tmp_path: Path) -> None:
     members = {"m": member(tmp_path / "m", "esmc", ESMC)}
-    start = "the residual is divided by sqrt(number of layers / 36): o_proj, down_proj of"
-    assert told(members, refs(1), ["F32", "F64"]) == [f"{start} 1 layer make up for it"]
-    assert told(members, refs(1, 0, 1), ["BF16", "F32", "F16", "BF16"]) == [f"{start} 3 layers make up for it; in BF16 and F16 this rounds"]
+    start = "the residual is divided by sqrt(number of layers / 36): weights of"
+    end = "make up for it (o_proj, down_proj)"
+    assert told(members, refs(1), ["F32", "F64"]) == [f"{start} 1 layer {end}"]
+    assert told(members, refs(1, 0, 1), ["BF16", "F32", "F16", "BF16"]) == [f"{start} 3 layers {end}; in BF16 and F16 this rounds"]
     assert told(members, refs(1, 0), ["BF16"]) == []
