@@ -3,8 +3,8 @@
     python benchmarks/strategies.py [--model DIR] [--counts 3 6 9] [--samples 8] [--length 64] [--judged 32] [--build DIR] [--report FILE]
 
 Layers are chosen on `samples` windows of the built-in text. `best` compares the choices of the others on as many windows of its held-out
-part; all are judged on the `judged` windows that follow those, which nothing was chosen on. Status 1 when `best` is worse than one of its
-candidates on the text that it compares them on, or when `evolve` ends worse than it began.
+part, and what is done where no strategy is named on half of them; all are judged on `judged` other windows, which nothing was chosen on.
+Status 1 when `best` is worse than one of its candidates on the text that it compares them on, or when `evolve` ends worse than it began.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ from layercut.engine import measure  # noqa: E402
 from layercut.losses import Meter  # noqa: E402
 from layercut.metrics import Angular  # noqa: E402
 from layercut.seams import Prices  # noqa: E402
-from layercut.searches import ALL, Best, find  # noqa: E402
+from layercut.searches import ALL, QUICK, QUICK_SHARE, Best, find  # noqa: E402
 from layercut.stack import Block, LayerRef, Stack  # noqa: E402
 from layercut.strategies import Task  # noqa: E402
 from layercut.trials import Attempt, Found, Loss  # noqa: E402
 
 METRIC = Angular(token="all")
+NONE = "none named"
 ALIAS = "model"
 
 
@@ -85,12 +86,13 @@ class Bench:
         return [Loss(loss.sums[self.samples :], loss.counts[self.samples :]) for loss in found]
 
     def outcomes(self, count: int) -> list[Outcome]:
-        """What every strategy chooses, `best` last."""
+        """What every strategy chooses, then `best` of them, and what is taken where none is named."""
         task = Task(self.stack, count, self.build, False, frozenset())
         names = [name for name in ALL if name != "best"]
         found: dict[str, Found] = {}
-        for name in (*names, "best"):
-            chosen = find(Best(names) if name == "best" else ALL[name], task, self)
+        for name in (*names, "best", NONE):
+            by = Best(names) if name == "best" else Best(QUICK, QUICK_SHARE) if name == NONE else ALL[name]
+            chosen = find(by, task, self)
             assert chosen is not None
             found[name] = chosen
         stacks = [self.build(one.blocks) for one in found.values()]
@@ -103,7 +105,7 @@ class Bench:
 
 def sound(outcomes: Sequence[Outcome]) -> bool:
     """Whether best is the best of its candidates, and evolution no worse than its start."""
-    *others, best = outcomes
+    *others, best, _ = outcomes
     tried = next(outcome for outcome in others if outcome.name == "evolve").tried
     return best.compared.mean <= min(one.compared.mean for one in others) and tried[-1].loss.mean <= tried[0].loss.mean
 
@@ -120,7 +122,8 @@ def page(base: Loss, found: dict[int, list[Outcome]], samples: int, length: int,
         "",
         "SmolLM2-135M-Instruct without layers that each [strategy](../docs/strategies.md) chose: perplexity on held-out text, and how many",
         f"times that of the whole model, {base.perplexity:.2f}, it is. Layers were chosen on {samples} windows of {length} tokens",
-        f"(distances: {METRIC.label}); `best` compared its candidates on {samples} others; all are judged on {len(base.counts)} more. So",
+        f"(distances: {METRIC.label}); `best` compared its candidates on {samples} others, and of {', '.join(QUICK)} the best",
+        f"on {math.ceil(QUICK_SHARE * samples)} of them is taken where no strategy is named; all are judged on {len(base.counts)} more. So",
         "little text gives numbers that another text would move: what they show is how far the strategies are apart.",
         f"It took {seconds / 60:.0f} minutes of processor time.",
     ]
@@ -130,9 +133,8 @@ def page(base: Loss, found: dict[int, list[Outcome]], samples: int, length: int,
         for outcome in outcomes:
             ratio = math.exp(outcome.loss.mean - base.mean)
             mark = "**" if outcome.loss.mean == least else ""
-            lines.append(
-                f"| `{outcome.name}` | {named(outcome.blocks)} | {mark}{outcome.loss.perplexity:,.1f}{mark} | {mark}{ratio:,.2f}{mark} |"
-            )
+            name = outcome.name if outcome.name == NONE else f"`{outcome.name}`"
+            lines.append(f"| {name} | {named(outcome.blocks)} | {mark}{outcome.loss.perplexity:,.1f}{mark} | {mark}{ratio:,.2f}{mark} |")
     return "\n".join(lines) + "\n"
 
 

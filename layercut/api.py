@@ -354,15 +354,20 @@ def _folder_of(chosen: str | Path) -> Path:
 
 def evaluate(wanted: Evaluate, source: Path, result: Path, *, memory: int | None = None, progress: bool = True) -> dict[str, Any]:
     """Measure the source and the result in the same way, one after the other. `memory` is as in `plan_recipe`."""
-    from layercut.perplexity import LanguageModel
-
     found: dict[str, Any] = {}
     for name, folder in (("before", source), ("after", result)):
-        model = LanguageModel(folder, memory=memory)
-        if wanted.perplexity is not None:
-            value = model.perplexity(wanted.perplexity, progress=progress)
-            found.setdefault("perplexity", {})[name] = value.model_dump(mode="json")
-        if wanted.generate is not None:
-            text = model.generate(wanted.generate, wanted.tokens)
-            found.setdefault("generate", {"prompt": wanted.generate})[name] = text
+        for what, value in _judged(wanted, folder, memory, progress).items():
+            found.setdefault(what, {"prompt": wanted.generate} if what == "generate" else {})[name] = value
+    return found
+
+
+def _judged(wanted: Evaluate, folder: Path, memory: int | None, progress: bool) -> dict[str, Any]:
+    """What is asked of one model, which is gone from memory afterwards: the next one needs the room."""
+    from layercut.perplexity import LanguageModel
+
+    model, found = LanguageModel(folder, memory=memory), dict[str, Any]()
+    if wanted.perplexity is not None:
+        found["perplexity"] = model.perplexity(wanted.perplexity, progress=progress).model_dump(mode="json")
+    if wanted.generate is not None:
+        found["generate"] = model.generate(wanted.generate, wanted.tokens)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from layercut.checkpoint import open_checkpoint
 from layercut.documents import passages
 from layercut.errors import CalibrationError, CheckpointError
 from layercut.loading import bos_prefix, encode, load_causal_lm, load_tokenizer, pick_device, quiet, settled_dtype
+from layercut.memory import give_back
 from layercut.plan import Record
 from layercut.relay import Place, Relay
 from layercut.routes import Order
@@ -70,6 +72,8 @@ class LanguageModel:
     def _open(self, dtype: str | None, memory: int | None) -> _Streamed | None:
         """The model layer by layer; None when it fits into memory."""
         checkpoint = open_checkpoint(self.folder)
+        gc.collect()  # models that were used before
+        give_back()
         room, host = rooms(self.device, memory, 1)
         if fits([checkpoint], self.device, dtype, room):
             return None

@@ -521,6 +521,7 @@ def test_strategies_are_compared(tiny: Callable[..., Path], tmp_path: Path, caps
     names = re.findall(r"^\| `(\w+)` \| [0-9 -]+ \| \**[0-9.,]+\** \| \**[0-9.]+\** \|$", page, re.MULTILINE)
     assert names == 2 * ["block", "blocks", "rank", "deepest", "loss", "greedy", "evolve", "best"]
     assert "all are judged on 5 more" in page and page.count("## ") == 2
+    assert "on 2 of them is taken where no strategy is named" in page and page.count("\n| none named | ") == 2
 
 
 def test_a_best_that_is_not_best_fails_the_benchmark() -> None:
@@ -529,6 +530,7 @@ def test_a_best_that_is_not_best_fails_the_benchmark() -> None:
         return choosing.Outcome(name, (), choosing.Loss((mean,), (1,)), choosing.Loss((mean,), (1,)), tuple(one))
 
     evolve = of("evolve", 2.0, 3.0, 2.0)
-    assert choosing.sound([of("block", 3.0), evolve, of("best", 2.0)])
-    assert not choosing.sound([of("block", 3.0), evolve, of("best", 2.5)])
-    assert not choosing.sound([of("block", 3.0), of("evolve", 2.0, 2.0, 3.0), of("best", 2.0)])
+    default = of("none named", 3.0)
+    assert choosing.sound([of("block", 3.0), evolve, of("best", 2.0), default])
+    assert not choosing.sound([of("block", 3.0), evolve, of("best", 2.5), default])
+    assert not choosing.sound([of("block", 3.0), of("evolve", 2.0, 2.0, 3.0), of("best", 2.0), default])

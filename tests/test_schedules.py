@@ -17,9 +17,10 @@ from layercut.cli import main
 from layercut.engine import measure
 from layercut.errors import CalibrationError
 from layercut.loading import settled_dtype
+from layercut.memory import Room
 from layercut.metrics import Angular, Cosine
 from layercut.resident import Resident
-from layercut.schedules import pick_schedule
+from layercut.schedules import fits, loaded_size, pick_schedule
 from layercut.streaming import Source, Streamed
 
 Tiny = Callable[..., Path]
@@ -150,3 +151,15 @@ def test_memory_of_the_command_line(tiny: Tiny, tmp_path: Path, text: Path, caps
     assert "give more with --memory" in capsys.readouterr().err
     assert main([command, str(recipe(tmp_path, tiny(), text)), "--memory", "8 parsecs", "-q"]) == 2
     assert "Invalid value for '--memory': expected a size such as 5GB, 500MB or 5GiB" in capsys.readouterr().err
+
+
+def test_what_fits(tiny: Callable[..., Path]) -> None:
+    """The weights in the dtype that they are run in, and a fifth more; what cannot be streamed is held unless the user set a limit."""
+    cpu, model = CPU, open_checkpoint(tiny("llama", dtype="bfloat16"))
+    stored = sum(tensor.nbytes for tensor in model.tensors.values())
+    assert loaded_size([model], cpu, None) == 2 * stored and loaded_size([model, model], cpu, "bfloat16") == 2 * stored
+    enough = int(1.2 * 2 * stored) + 1
+    assert fits([model], cpu, None, Room(enough, "")) and not fits([model], cpu, None, Room(enough - 2, ""))
+    assert fits([model], cpu, "bfloat16", Room(enough - 2, "")) and not fits([model, model], cpu, None, Room(enough, ""))
+    model.config["quantization_config"] = {"quant_method": "gptq"}
+    assert fits([model], cpu, None, Room(0, "free")) and not fits([model], cpu, None, Room(0, "asked", asked=True))
