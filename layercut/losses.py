@@ -288,6 +288,7 @@ class Meter:
             found: list[Tensor] = []
             relay.run([own], [pair], lambda number, batch, logits, found=found: found.append(logits))  # type: ignore[misc]
             player.compare(found[0][:1], found[0][1:])
+        relay.progress = self._progress
         return relay
 
     def _check_finite(self, row: Sequence[float], order: Order) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from layercut.arguments import Arguments
 from layercut.errors import CalibrationError
@@ -63,6 +64,8 @@ class Relay:
         Raises CalibrationError when the user asked for less memory than what is loaded at once.
         """
         self._skeletons, self._place, self._look = dict(skeletons), place, look
+        self.progress = False
+        """Whether a bar on stderr shows how far a run is."""
         for alias, skeleton in self._skeletons.items():
             self._check(f"model '{alias}' takes {{}} for what is loaded of it at once", _fixed(skeleton), "give more with --memory")
 
@@ -88,7 +91,7 @@ class Relay:
             self._check(f"model '{alias}' takes {{}} with its predictions of a batch", skeleton.rest_peak + logits, hint)
         try:
             with Spill(self._spare(batches), self._place.folder, self._expected(orders, batches)) as spill, quiet():
-                _Run(self._skeletons, self._place.device, spill, orders, batches, self._look, made).run(end)
+                _Run(self._skeletons, self._place.device, spill, orders, batches, self._look, made).run(end, self.progress)
         except torch.OutOfMemoryError:
             raise CalibrationError(f"out of memory on {self._place.device}", hint="lower batch_size or max_length") from None
 
@@ -130,16 +133,19 @@ class _Run:
         """Stacks that are through, and the keys of their last states."""
         self._keys = 0
 
-    def run(self, end: End) -> None:
+    def run(self, end: End, progress: bool) -> None:
         roots = Node.of(self._orders)
+        total = sum(root.steps for root in roots.values())
         for alias, skeleton in self._skeletons.items():
             self._begin(alias, skeleton, roots.get(alias))
-        index = 0
-        while self._waiting:
-            layer = min(self._waiting, key=lambda one: (one.index < index, one.index, list(self._skeletons).index(one.model)))
-            index = layer.index
-            self._step(layer, self._waiting.pop(layer))
-            give_back()
+        index, aliases = 0, list(self._skeletons)
+        with tqdm(total=total, desc="layer by layer", unit="layer", disable=not progress, leave=False) as bar:
+            while self._waiting:
+                layer = min(self._waiting, key=lambda one: (one.index < index, one.index, aliases.index(one.model)))
+                index, waiting = layer.index, self._waiting.pop(layer)
+                self._step(layer, waiting)
+                give_back()
+                bar.update(len(waiting))
         for alias, skeleton in self._skeletons.items():
             self._finish(alias, skeleton, end)
 

@@ -45,6 +45,16 @@ class Node:
     size: int = 0
     """Stacks that come through here."""
 
+    @property
+    def steps(self) -> int:
+        """Layers that are run in all, for a batch: each once for all stacks that come through it."""
+        count, waiting = 0, [self]
+        while waiting:
+            children = waiting.pop().children.values()
+            count += len(children)
+            waiting += children
+        return count
+
     @classmethod
     def of(cls, orders: Sequence[Order]) -> dict[str, Node]:
         """The stacks as trees, one for each model that some of them begin with."""

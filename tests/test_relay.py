@@ -161,6 +161,16 @@ def test_states_that_have_no_room_wait_in_a_file(skeleton: tuple[Skeleton, Count
     assert plenty.keys() == spilled.keys() and all(torch.equal(plenty[key], spilled[key]) for key in plenty)
 
 
+def test_how_far_it_is_is_shown_when_asked(skeleton: tuple[Skeleton, Counted], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    relay = Relay({"m": skeleton[0]}, Place(CPU, ROOM, ROOM, tmp_path))
+    run(relay, [removed(6), removed(6, 3)])
+    assert capsys.readouterr() == ("", "")
+    relay.progress = True
+    run(relay, [removed(6), removed(6, 3)])
+    out, err = capsys.readouterr()
+    assert out == "" and "layer by layer:" in err and "/8 " in err
+
+
 def test_no_batches(skeleton: tuple[Skeleton, Counted], tmp_path: Path) -> None:
     made, weights = skeleton
     assert run(Relay({"m": made}, Place(CPU, ROOM, ROOM, tmp_path)), [removed(6)], batches=0) == {} and not weights.times

@@ -81,9 +81,17 @@ def test_states_that_stacks_share_are_computed_once() -> None:
         seen[number] = state
 
     root.walk(Copied(), step, end)
-    assert len(steps) == 7 + 8 * 7 / 2
+    assert len(steps) == 7 + 8 * 7 / 2 == root.steps
     assert sorted(seen) == list(range(8))
     assert all(seen[number] == [layer.index for layer in order.layers] for number, order in enumerate(orders))
+
+
+def test_stacks_may_be_very_deep() -> None:
+    (root,) = Node.of([Order.of(removed(5000)), Order.of(removed(5000, 4000))]).values()
+    assert root.steps == 5000 + 999
+    ends: list[int] = []
+    root.walk(Copied(), lambda layer, state: state, lambda number, state: ends.append(number))
+    assert sorted(ends) == [0, 1]
 
 
 def test_few_states_wait() -> None:
