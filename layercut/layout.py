@@ -142,12 +142,10 @@ class Layouter:
                 raise RefusedError(f"tensors of different kinds cannot be averaged: {' and '.join(kinds)}", where=tensor.name)
             by = factors(layer.scalings, tensor.name)
             name, change = stack.rename(place, position), self.changes.get(position, {}).get(place.rest)
-            maps = _maps(layer, tensor, place) if place.prefix == stack.prefix else ()
+            maps = _maps(layer, tensor, place, change) if place.prefix == stack.prefix else ()
             mapped |= {one.sha256 for one in maps}
             if change is None:
                 yield self._entry(name, [table[key] for table in tables], shares, by, maps=maps)
-            elif maps:
-                raise RefusedError("this tensor makes up for the new index of its layer: no map can be folded into it", where=tensor.name)
             elif change.along is None:
                 yield self._changed(name, [table[key] for table in tables], shares, by, change)
             else:
@@ -157,9 +155,9 @@ class Layouter:
                     raise RefusedError(message, where=tensor.name)
                 pair = (*shares, shares[0].model_copy(update={"weight": 0}))
                 yield self._entry(name, [tensor, other], pair, (), Grown(by=change.by))
-        for fold in layer.folds:
-            if fold.sha256 not in mapped:
-                raise RefusedError(f"layer {layer.index} of {layer.model} has no {fold.module} of its own: no map can be folded into it")
+        lost = next((fold for fold in layer.folds if fold.sha256 not in mapped), None)
+        if lost is not None:
+            raise RefusedError(f"layer {layer.index} of {layer.model} has no {lost.module} of its own: no map can be folded into it")
         for rest, tensor, zero in home.added:
             name = stack.rename(Place(stack.prefix, 0, rest), position)
             by = (0.0,) if zero else factors(layer.scalings, tensor.name)
@@ -233,9 +231,11 @@ class Layouter:
         return f"{name} ({count} tensor{'s' * (count > 1)}, {self.members[alias].stack.prefix}*)"
 
 
-def _maps(layer: LayerRef, tensor: Tensor, place: Place) -> tuple[Map, ...]:
+def _maps(layer: LayerRef, tensor: Tensor, place: Place, change: Change | None) -> tuple[Map, ...]:
     """The maps of a layer that go into this tensor of it. Raises RefusedError where it is not of a shape that they fit."""
     found = [one for one in layer.folds if place.rest in (f"{one.module}.weight", f"{one.module}.bias")]
+    if found and change is not None:
+        raise RefusedError("this tensor makes up for the new index of its layer: no map can be folded into it", where=tensor.name)
     for one in found:
         wide = len(tensor.shape) - 1 if one.columns else 0
         if len(tensor.shape) not in (1, 2) or tensor.shape[wide] != one.size:

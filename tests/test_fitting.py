@@ -15,6 +15,7 @@ from conftest import byte_tokenizer, tiny_config
 from test_losses import layers, meter, one_at_a_time, removed
 from test_ranks import Group, group  # noqa: F401 - a fixture
 
+from layercut import memory
 from layercut.calibration import BuiltinCalibration, TextCalibration
 from layercut.errors import LayercutError
 from layercut.fits import map_of, path_of
@@ -294,3 +295,19 @@ def test_out_of_memory_is_one_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) 
     assert said(lambda: meter(TEXT, tiny("llama")).fit(layers(0, 1), layers(0, 1, 2), 0.01)) == (
         "out of memory on cpu; lower batch_size or max_length"
     )
+
+
+def test_models_that_do_not_fit_into_memory_are_not_fitted(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: {"memory": 1000})
+    found = meter(TEXT, tiny("llama"))
+    message = "maps are fitted with the models in memory, and they do not fit; give more with --memory, or leave out heal"
+    assert said(lambda: found.check_foldable(layers(0, 1))) == said(lambda: found.fit(layers(0), layers(0, 1), 0.01)) == message
+
+
+def test_a_folded_stack_that_is_streamed_loses_what_it_loses_in_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = meter(TEXT, tiny("llama"))
+    stack = with_folds(removed(6, 2), 1, whole.fit(layers(0, 1), layers(0, 1, 2), 0.01))
+    (expected,) = whole.losses([stack])
+    monkeypatch.setattr(memory, "free_memory", lambda: {"memory": 1000})
+    (streamed,) = meter(TEXT, tiny("llama")).losses([stack])
+    assert streamed.sums == pytest.approx(expected.sums, rel=1e-6)
