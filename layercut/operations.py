@@ -234,7 +234,7 @@ class Replace(Chosen):
     ridge: Ridge = RIDGE
     """How strongly the map is held to the plain cut, in units of the mean square of what the layer adds."""
 
-    examples: ClassVar[tuple[str, ...]] = ("- replace: {layers: 4, with: linear}        # the block of four that costs least",)
+    examples: ClassVar[tuple[str, ...]] = ("- replace: {layers: 4, with: linear}        # four layers, and what is linear in them put back",)
 
     @property
     def runs(self) -> bool:
