@@ -158,7 +158,7 @@ def changes(members: Mapping[str, Member], order: Sequence[LayerRef]) -> dict[in
         if row is None:
             continue
         for at, (layer, change) in enumerate(zip(order, row.changes(seats), strict=True)):
-            if layer.model == alias and layer.fitted is None:
+            if layer.model == alias:
                 wanted = {name: one for name, one in change.items() if not one.idle}
                 there = {name: one for name, one in wanted.items() if name in row.must or _dtype(members[alias], layer.index, name)}
                 found.update({at: there} if there else {})

@@ -1,6 +1,7 @@
-"""Computes tensors of a plan: weighted averages, casts, factors and zeros, a piece at a time. Only what has parts needs torch.
+"""Computes tensors of a plan: weighted averages, casts, factors, zeros and maps, a piece at a time. Only what has parts needs torch.
 
-Every operation is elementwise and rounds the same way on every machine, so pieces and threads do not show in the bytes.
+Every operation rounds the same way on every machine, so pieces and threads do not show in the bytes. All are elementwise but maps, for
+which a whole tensor is held.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from layercut.copying import Range, SourceFiles
 from layercut.errors import OutputError
+from layercut.fits import span_of
 from layercut.gathering import gathered_pieces
 from layercut.header import ITEM_BITS, quoted
 from layercut.plan import Band, Grown, Part, TensorMade
@@ -36,9 +38,9 @@ def write_made(
 ) -> None:
     """Compute one tensor and write its bytes at `offset` of the descriptor `target`.
 
-    `folders` holds the folder of every source by alias. `advance` is called with the number of bytes after every piece. The plan must have
-    been checked. Raises OutputError when finite weights overflow, CheckpointError when a source cannot be read, and OSError when
-    the target cannot be written.
+    `folders` holds the folder of every source by alias, and the file of every map by its sha256. `advance` is called with the number of
+    bytes after every piece. The plan must have been checked. Raises OutputError when finite weights overflow, CheckpointError when a
+    source cannot be read, and OSError when the target cannot be written.
     """
     for data in made_pieces(made, folders, opened):
         write_at(target, data, offset)
@@ -48,6 +50,9 @@ def write_made(
 
 def made_pieces(made: TensorMade, folders: Mapping[str, Path], opened: SourceFiles) -> Iterator[bytes | bytearray]:
     """The bytes of one computed tensor, a piece at a time. Raises as `write_made` does, but for the target."""
+    if made.maps:
+        yield from _mapped(made, folders, opened)
+        return
     if made.gather is not None:
         for piece in gathered_pieces(made.gather, prod(made.shape) * ITEM_BITS[made.gather.dtype] // 8, folders, opened):
             yield _of_piece(made, piece)
@@ -69,6 +74,32 @@ def made_pieces(made: TensorMade, folders: Mapping[str, Path], opened: SourceFil
             width = ITEM_BITS[part.dtype] // 8
             pieces.append(opened.read(Range(folders[part.model] / part.file, part.begin + first * width, part.begin + last * width)))
         yield _compute(made, pieces, first)
+
+
+def _mapped(made: TensorMade, folders: Mapping[str, Path], opened: SourceFiles) -> Iterator[bytearray]:
+    """The bytes of a tensor that is multiplied by maps: it is held as a whole, and one map at a time."""
+    import torch
+
+    from layercut.folding import folded
+
+    inner = made.compute or made.parts[0].dtype
+    whole = bytearray().join(made_pieces(made.model_copy(update={"maps": (), "dtype": inner}), folders, opened))
+    value = before = torch.frombuffer(whole, dtype=_torch(inner)).reshape(made.shape)
+    for number, one in enumerate(made.maps):
+        fold = torch.frombuffer(opened.read(span_of(folders[one.sha256], one.size)), dtype=torch.float32).reshape(one.size, one.size)
+        last = number == len(made.maps) - 1
+        value = folded(value, fold, one.columns, _torch(made.dtype if last else inner))
+    spoiled = ~value.isfinite()
+    if spoiled.any():
+        if before.isfinite().all():
+            raise OutputError(f"overflows {made.dtype}", where=f"tensor {quoted(made.name)}", hint="use a dtype of larger range")
+        value.masked_fill_(spoiled, nan)
+    flat = value.flatten()
+    for first in range(0, flat.numel(), PIECE):
+        piece = flat[first : first + PIECE]
+        data = bytearray(piece.numel() * ITEM_BITS[made.dtype] // 8)
+        torch.frombuffer(data, dtype=piece.dtype).copy_(piece)
+        yield data
 
 
 def _of_piece(made: TensorMade, piece: bytearray) -> bytearray:

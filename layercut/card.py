@@ -112,8 +112,13 @@ def _summary(report: Report) -> str:
         what = f"A stack of {depth} layers, made of the {report.sources[used[0]].depth} layers of {_model(report, used[0])}"
     else:
         what = f"A stack of {depth} layers of {', '.join(_model(report, alias) for alias in used[:LONGEST])}"
-    fitted = any(layer.fitted is not None for layer in report.layers)
-    trained = "Maps that were fitted stand in for layers" if fitted else "Nothing was trained after it"
+    folds = [fold for layer in report.layers for fold in layer.folds]
+    trained = "Nothing was trained after it"
+    if folds:
+        maps, are = ("A linear map", "is") if len(folds) == 1 else (f"{len(folds)} linear maps", "are")
+        trained = (
+            f"{maps} for layers that were left out, fitted on {folds[0].tokens} tokens, {are} part of its weights; nothing was trained"
+        )
     made = f"{what}, put together by layercut {code(report.version)}. {trained}."
     sizes = (
         f"Parameters: {change(report.parameters.before, report.parameters.after, amount)}. "

@@ -15,6 +15,7 @@ from layercut.checkpoint import Tensor
 from layercut.ends import find_ends
 from layercut.errors import CalibrationError, CheckpointError, LayercutError, RecipeError, RefusedError
 from layercut.header import FLOATS, ITEM_BITS
+from layercut.healing import Healed, heal
 from layercut.layout import layer_tensors
 from layercut.metrics import Metric
 from layercut.operations import Wish
@@ -26,7 +27,7 @@ from layercut.selectors import count_of
 from layercut.settling import Contest, Question, Way
 from layercut.stack import Block, LayerRef, Stack, blocks_of, joints, runs
 from layercut.strategies import OneBlock, Strategy, Task
-from layercut.trials import Attempt, Found, Losses, Part
+from layercut.trials import Attempt, Found, Loss, Losses, Part
 
 Measure = Callable[..., Measurement]
 """Measures, given members, metrics, calibration and, for `samples: auto`, `question`: what is chosen on a measurement."""
@@ -99,12 +100,15 @@ class Evidence:
 
     def note_trials(self, where: str, chosen: str, stack: Stack, build: Build, own: Found, part: Part) -> None:
         """Keep a decision that was made by loss. `stack` is what the step saw, and `own` what was chosen and what was tried."""
-        parts = {part: None, **{attempt.part: None for attempt in own.attempts}}
-        before = {part: self.losses.losses([stack], part, own.share)[0] for part in parts}
         (loss,) = self.losses.losses([build(own.blocks)], part, own.share)
-        as_it_is = [Attempt("as it is", (), before[attempt_part], attempt_part) for attempt_part in {a.part: None for a in own.attempts}]
+        self._note_loss(where, chosen, loss, stack, own.attempts, own.share)
+
+    def _note_loss(self, where: str, chosen: str, loss: Loss, stack: Stack, attempts: Sequence[Attempt], share: float = 1.0) -> None:
+        """Keep a decision by loss, with all that was tried and the stack as the step saw it."""
+        before = {part: self.losses.losses([stack], part, share)[0] for part in {attempt.part: None for attempt in attempts}}
+        as_it_is = [Attempt("as it is", (), base, part) for part, base in before.items()]
         trials = []
-        for attempt in (*as_it_is, *own.attempts):
+        for attempt in (*as_it_is, *attempts):
             base = before[attempt.part]
             gap = attempt.loss.over(base)
             trials.append(
@@ -118,7 +122,7 @@ class Evidence:
                 )
             )
         about = self.losses.about()
-        if own.share < 1 and isinstance(about.get("held_out"), dict):
+        if share < 1 and isinstance(about.get("held_out"), dict):
             about["held_out"] |= {"samples": len(loss.counts), "tokens": sum(loss.counts) + len(loss.counts)}
         self.choices.append(Choice(where=where, metric=LOSS, chosen=chosen, cost=loss.mean, trials=tuple(trials), run_on=about))
 
@@ -126,6 +130,11 @@ class Evidence:
         """Forget what was decided, to decide again without what nobody asked for."""
         self.barred, self.compared = why, False
         self.contests, self.choices, self.notes = [], [], list(self.measurement.details.get("settling", ())) if self.measurement else []
+
+    def note_healing(self, where: str, chosen: str, stack: Stack, healed: Healed) -> None:
+        """Keep what was tried to make up for a cut of `stack`."""
+        (loss,) = self.losses.losses([healed.stack], "held out")
+        self._note_loss(where, chosen, loss, stack, healed.attempts)
 
     def note(
         self,
@@ -155,7 +164,7 @@ class Evidence:
     def weight(self, stack: Stack) -> Weight:
         """What a stack weighs as it would be written, with what stands before and behind it. What is tied counts once."""
         first, last = stack[0].model, stack[-1].model
-        wanted = [(layer.model, layer.index) for layer in stack if layer.fitted is None]
+        wanted = [(layer.model, layer.index) for layer in stack]
         if wanted == [(first, index) for index in range(self.depths[first])]:  # it keeps its multi-token-prediction layers
             wanted += [(first, index) for index in self.layers(first) if index >= len(stack)]
         if (first, last) not in self._ends:
@@ -217,10 +226,17 @@ class StepSite:
         return RecipeError(message, where=self.evidence.recipe.where(*self.path, *path), hint=hint)
 
     def tensors(self, layer: LayerRef) -> tuple[str, ...]:
-        return () if layer.fitted is not None else tuple(t.name for t in self.evidence.layers(layer.model)[layer.index])
+        return tuple(t.name for t in self.evidence.layers(layer.model)[layer.index])
 
     def outputs(self, layer: LayerRef) -> tuple[str, ...]:
         return tuple(name for name in self.tensors(layer) if OUTPUTS.search(name.removesuffix(".weight").removesuffix(".bias")))
+
+    def heal(self, stack: Stack, blocks: Sequence[Block], ridge: float) -> Stack:
+        found = heal(stack, blocks, ridge, self.evidence.losses)
+        maps = f"a map for {named(found.taken)}" if len(found.taken) == 1 else f"maps for {named(found.taken)}"
+        words = f"{maps} folded in" if found.taken else "no map lowers the loss: the cut alone"
+        self.evidence.note_healing(f"{self._name}.heal", words, stack, found)
+        return found.stack
 
     def choose(self, wish: Wish) -> tuple[Block, ...]:
         if wish.strategy is not None:
@@ -230,8 +246,6 @@ class StepSite:
             reason = "samples: auto weighs distances"
         elif "max_distance" in wish.budget:
             reason = "max_distance bounds a distance"
-        elif wish.verb == "replace":
-            reason = "what is lost is not known before the map is fitted"
         if reason is None:
             try:
                 chosen = self._choose(wish, Best(QUICK, QUICK_SHARE))
@@ -253,6 +267,8 @@ class StepSite:
             self.evidence.notes.append(f"{self._name}: the model has {self._amount(key, wish.stack):,} {UNITS[key]}: nothing is removed")
             return ()
         counts = self._counts(key, value, task, wish)  # a number that cannot be is told before anything is measured
+        if wish.heals:
+            self.evidence.losses.check_foldable(wish.stack)
         means = self._means(wish)
         if key == "max_loss_increase":
             return self._choose_by_increase(value, counts, task, wish, strategy)

@@ -84,8 +84,8 @@ def _arithmetic(layers: Sequence[LayerRef]) -> str:
     """What is done to the layers of a slice beyond copying, in words."""
     first = layers[0]
     words = []
-    if first.fitted is not None:
-        words.append(f"replaced by a fitted {first.fitted} map")
+    for fold in first.folds:
+        words.append(f"with a map for the layers that were removed behind it folded into {fold.module}")
     if first.shares:
         words.append("average of " + ", ".join(f"{share.weight:.3g} x {share.model}:{share.index}" for share in first.shares))
     if any(layer.identity for layer in layers):

@@ -15,7 +15,7 @@ from layercut.ends import Ends, Outside, outside
 from layercut.errors import RefusedError
 from layercut.header import FLOATS
 from layercut.homes import Home, homes
-from layercut.plan import Band, Grown, LeftOut, OutputFile, Part, TensorCopy, TensorMade
+from layercut.plan import Band, Grown, LeftOut, Map, OutputFile, Part, TensorCopy, TensorMade
 from layercut.scalings import Groups, factors
 from layercut.shards import Entry, Grid, index_text, shard
 from layercut.stack import LayerRef, Share
@@ -60,7 +60,7 @@ class Layouter:
     ) -> None:
         self.members, self.order, self.cast, self.grids = members, order, cast, grids
         self.layers = {alias: layer_tensors(*member) for alias, member in members.items()}
-        self.unchanged = [layer.index for layer in order if layer.fitted is None] == list(range(self._stack(0).depth))
+        self.unchanged = [layer.index for layer in order] == list(range(self._stack(0).depth))
         self.homes = {} if self._is_whole() else homes(members, order)
         self.changes = {} if hindrance(members, order) is not None else changes(members, order)
 
@@ -124,14 +124,13 @@ class Layouter:
             raise RefusedError(
                 "one set of weights serves several layers: none of them can be changed by itself", where=f"layer {layer.index}"
             )
-        if layer.fitted is not None:
-            return
         shares = layer.shares or (Share(model=layer.model, index=layer.index, weight=1),)
         tables = [self._by_rest(share.model, share.index) for share in shares]
         for part in sorted({part for table in tables for part in table}):
             if not all(part in table for table in tables):
                 raise RefusedError("layers cannot be averaged when only some of them have a tensor", where=part[1])
         home = self.homes.get(position, Home())
+        mapped = set[str]()
         for tensor in self.layers[layer.model][layer.index]:
             place = stack.place(tensor.name)
             assert place is not None
@@ -143,8 +142,10 @@ class Layouter:
                 raise RefusedError(f"tensors of different kinds cannot be averaged: {' and '.join(kinds)}", where=tensor.name)
             by = factors(layer.scalings, tensor.name)
             name, change = stack.rename(place, position), self.changes.get(position, {}).get(place.rest)
+            maps = _maps(layer, tensor, place, change) if place.prefix == stack.prefix else ()
+            mapped |= {one.sha256 for one in maps}
             if change is None:
-                yield self._entry(name, [table[key] for table in tables], shares, by)
+                yield self._entry(name, [table[key] for table in tables], shares, by, maps=maps)
             elif change.along is None:
                 yield self._changed(name, [table[key] for table in tables], shares, by, change)
             else:
@@ -154,6 +155,9 @@ class Layouter:
                     raise RefusedError(message, where=tensor.name)
                 pair = (*shares, shares[0].model_copy(update={"weight": 0}))
                 yield self._entry(name, [tensor, other], pair, (), Grown(by=change.by))
+        lost = next((fold for fold in layer.folds if fold.sha256 not in mapped), None)
+        if lost is not None:
+            raise RefusedError(f"layer {layer.index} of {layer.model} has no {lost.module} of its own: no map can be folded into it")
         for rest, tensor, zero in home.added:
             name = stack.rename(Place(stack.prefix, 0, rest), position)
             by = (0.0,) if zero else factors(layer.scalings, tensor.name)
@@ -175,21 +179,28 @@ class Layouter:
         return {(place.prefix, place.rest): tensor for place, tensor in found if place is not None}
 
     def _entry(
-        self, name: str, tensors: Sequence[Tensor], shares: Sequence[Share], by: tuple[float, ...], amend: Band | Grown | None = None
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        shares: Sequence[Share],
+        by: tuple[float, ...],
+        amend: Band | Grown | None = None,
+        maps: tuple[Map, ...] = (),
     ) -> Entry:
         """One tensor of the output: a copy where its bytes stay what they are, else arithmetic."""
         first = tensors[0]
         floating = first.dtype in FLOATS
         write = (self.cast.write or self.cast.compute or first.dtype) if floating else first.dtype
         compute = self.cast.compute if floating and self.cast.compute != first.dtype else None
-        if len(tensors) == 1 and not by and amend is None and write == first.dtype and compute is None:
+        if len(tensors) == 1 and not by and not maps and amend is None and write == first.dtype and compute is None:
             return _copy(name, first, shares[0].model)
         if not floating:
             raise RefusedError(f"arithmetic on {first.dtype} is refused: quantised weights are not what they say", where=first.name)
         parts = tuple(_part(share, tensor) for share, tensor in zip(shares, tensors, strict=True))
         if 0.0 in by:
             return TensorMade(name=name, dtype=write, shape=first.shape, parts=())
-        return TensorMade(name=name, dtype=write, shape=first.shape, parts=parts, factors=by, compute=compute, amend=amend)
+        made = {"factors": by, "compute": compute, "amend": amend, "maps": maps}
+        return TensorMade(name=name, dtype=write, shape=first.shape, parts=parts, **made)
 
     def _table(self, part: Outside, table: Gathered, by: tuple[float, ...]) -> TensorMade:
         """A tensor with one part a layer, for the new stack."""
@@ -202,7 +213,7 @@ class Layouter:
         return TensorMade(name=part.name, dtype=write, shape=table.shape, parts=(), factors=by, compute=compute, gather=table.gather)
 
     def _left_out(self, ends: Ends) -> Iterator[LeftOut]:
-        kept = {(share.model, share.index) for layer in self.order if layer.fitted is None for share in (layer.shares or (layer,))}
+        kept = {(share.model, share.index) for layer in self.order for share in (layer.shares or (layer,))}
         written = {(part.model, part.tensor.name) for part in (*ends.before, *ends.behind)}
         for alias, (checkpoint, stack) in self.members.items():
             reasons = [(index, _reason(alias, index, stack, kept)) for index in self.layers[alias]]
@@ -218,6 +229,18 @@ class Layouter:
         count = sum(len(self.layers[alias][index]) for index in indices)
         name = f"layer {indices[0]}" if len(indices) == 1 else f"layers {indices[0]} to {indices[-1]}"
         return f"{name} ({count} tensor{'s' * (count > 1)}, {self.members[alias].stack.prefix}*)"
+
+
+def _maps(layer: LayerRef, tensor: Tensor, place: Place, change: Change | None) -> tuple[Map, ...]:
+    """The maps of a layer that go into this tensor of it. Raises RefusedError where it is not of a shape that they fit."""
+    found = [one for one in layer.folds if place.rest in (f"{one.module}.weight", f"{one.module}.bias")]
+    if found and change is not None:
+        raise RefusedError("this tensor makes up for the new index of its layer: no map can be folded into it", where=tensor.name)
+    for one in found:
+        wide = len(tensor.shape) - 1 if one.columns else 0
+        if len(tensor.shape) not in (1, 2) or tensor.shape[wide] != one.size:
+            raise RefusedError(f"no map of size {one.size} can be folded into shape {list(tensor.shape)}", where=tensor.name)
+    return tuple(Map(sha256=one.sha256, size=one.size, columns=one.columns or len(tensor.shape) == 1) for one in found)
 
 
 def _copy(name: str, tensor: Tensor, model: str) -> TensorCopy:

@@ -27,6 +27,7 @@ from layercut.encoding import SharedTokenizer
 from layercut.engine import batches
 from layercut.errors import CalibrationError, CheckpointError, LayercutError
 from layercut.exceptions import PADDED
+from layercut.fitting import PROBE, Fitter, Studio
 from layercut.loading import load_tokenizer, pick_device, quiet
 from layercut.measurements import Measurements, key_of
 from layercut.memory import give_back
@@ -39,7 +40,7 @@ from layercut.relay import Place, Relay
 from layercut.resident import padded
 from layercut.routes import Node, Order
 from layercut.schedules import fits, rooms
-from layercut.stack import LayerRef, Stack, runs
+from layercut.stack import Fold, LayerRef, Stack, runs
 from layercut.tokens import Sample
 from layercut.trials import Loss, Part
 from layercut.version import __version__
@@ -88,6 +89,7 @@ class Meter:
         self._players: dict[str, Player] = {}
         self._relay: Relay | None = None
         self._made: dict[LayerRef, nn.Module] = {}
+        self._fitted: Fitter | None = None
 
     def losses(self, stacks: Sequence[Stack], part: Part = "calibration", share: float = 1.0) -> list[Loss]:
         """The loss of every stack on a part of the text; see `trials.Losses`.
@@ -112,6 +114,47 @@ class Meter:
             book.keep()
         counts = tuple(book.counts[:count])
         return [Loss(tuple(book.known[Order.of(stack).name][:count]), counts) for stack in stacks]
+
+    def check_foldable(self, stack: Stack) -> None:
+        """See `trials.Losses`. Raises RefusedError."""
+        with quiet():
+            self._fitter.check(stack)
+
+    def fit(self, given: Stack, wanted: Stack, ridge: float) -> Fold:
+        """See `trials.Losses`. Raises RefusedError, and as `losses` does."""
+        with quiet():
+            fold = self._fitter.fit(given, wanted, ridge)
+        self._made = {layer: made for layer, made in self._made.items() if not layer.folds or layer in given}  # maps that were not taken go
+        return fold
+
+    @property
+    def _fitter(self) -> Fitter:
+        """What fits maps on the calibration text."""
+        if self._fitted is None:
+            reading, cache = self._book("calibration").reading, self._cache
+            key = "" if cache is None or not self._ranks.main else key_of(self._models, reading.text.sequences, self._settings("folds"))
+            probe = max(reading.text.ids[:64], key=len)[:PROBE].tolist()
+            players, share = partial(self._held, reading), partial(self._share, reading)
+            self._fitted = Fitter(Studio(players, self._module, share, probe, self._device, self._ranks, cache, key))
+        return self._fitted
+
+    def _held(self, reading: Reading) -> dict[str, Player]:
+        """The models, all of them in memory. Raises CalibrationError when they do not fit."""
+        players = self._loaded(reading)
+        if self._relay is not None:
+            hint = "give more with --memory, or leave out heal"
+            raise CalibrationError("maps are fitted with the models in memory, and they do not fit", hint=hint)
+        return players
+
+    def _share(self, reading: Reading) -> Iterator[list[Sample]]:
+        """This rank's part of a text, for one pass."""
+        count = len(reading.text.ids)
+        alike = any(model.config.get("model_type") in PADDED for model in self._models.values())
+        mine = len(range(count)[self._ranks.seat.rank :: self._ranks.seat.world])
+        with tqdm(total=mine, desc="fitting", unit="sample", disable=not self._progress, leave=False) as bar:
+            for batch in self._ranks.share(batches(reading.text, 0, count, self._calibration.batch_size, alike)):
+                yield batch
+                bar.update(len(batch))
 
     def about(self) -> dict[str, Any]:
         """What was measured on, and how."""
@@ -163,9 +206,9 @@ class Meter:
             book.keep = keep
         return book
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, what: str = "losses") -> dict[str, Any]:
         return {
-            "what": "losses",
+            "what": what,
             "calibration": self._calibration.model_dump(mode="json"),
             "device": str(self._device) if self._device.type != "cuda" else torch.cuda.get_device_name(self._device),
             "dtype": self._dtype,

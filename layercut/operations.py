@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from layercut.healing import RIDGE, without
 from layercut.metrics import Metric, MetricSpec
 from layercut.scalings import factor, literal, matches
 from layercut.searches import ALL, Candidate, Search, StrategyName
@@ -18,6 +19,7 @@ from layercut.sizes import Number, ParameterCount, Size
 from layercut.stack import Block, LayerRef, Record, Scaling, Share, Stack, blocks_of
 
 Verb = Literal["remove", "repeat", "replace"]
+Build = Callable[[Sequence[Block]], Stack]
 
 
 def _check_increase(value: object) -> object:
@@ -27,6 +29,7 @@ def _check_increase(value: object) -> object:
     return value
 
 
+Ridge = Annotated[Number, Field(gt=0)]
 Increase = Annotated[Percentage, BeforeValidator(_check_increase)]
 
 
@@ -35,7 +38,7 @@ class Wish(NamedTuple):
 
     verb: Verb
     stack: Stack
-    build: Callable[[Sequence[Block]], Stack]
+    build: Build
     """The stack that comes of a choice of disjoint blocks of positions, in order."""
     budget: Mapping[str, Any]
     """One entry: the key of the budget (`layers`, `params`, `size`, `max_distance`, `max_loss_increase`) and its value."""
@@ -45,6 +48,8 @@ class Wish(NamedTuple):
     protect: frozenset[int]
     candidates: tuple[Candidate, ...] | None = None
     """Strategies that `best` compares; None for those that it compares by itself."""
+    heals: bool = False
+    """Whether a map is to make up for each block, folded into the layer before it."""
 
 
 class Site(Place, Protocol):
@@ -58,6 +63,9 @@ class Site(Place, Protocol):
 
     def outputs(self, layer: LayerRef) -> tuple[str, ...]:
         """Those of them that write to the residual stream; none when they are not known."""
+
+    def heal(self, stack: Stack, blocks: Sequence[Block], ridge: float) -> Stack:
+        """The stack without the blocks, with a map for each folded into the layer before it where that lowers the loss."""
 
 
 class Operation(Record):
@@ -98,12 +106,8 @@ class Chosen(Operation):
     def _one_way(self) -> Chosen:
         given = [key for key in (*self.budgets, "at") if getattr(self, key) is not None]
         if len(given) != 1:
-            words = (
-                "'layers' (how many) or 'at' (which)"
-                if len(self.budgets) == 1
-                else f"one of {', '.join(self.budgets)} (how many) or 'at' (which)"
-            )
-            raise ValueError(f"takes either {words}")
+            words = "'layers'" if len(self.budgets) == 1 else f"one of {', '.join(self.budgets)}"
+            raise ValueError(f"takes either {words} (how many) or 'at' (which)")
         choosing = [key for key in ("strategy", "candidates", "metric", "protect") if key in self.model_fields_set]
         if self.at is not None and choosing:
             message = "with 'at' nothing is chosen: strategy, metric and protect go with a budget"
@@ -122,18 +126,23 @@ class Chosen(Operation):
         """The strategy that is asked for; whoever names candidates wants them compared."""
         return "best" if self.candidates is not None else self.strategy
 
-    def blocks(self, verb: Verb, stack: Stack, site: Site, build: Callable[[Sequence[Block]], Stack]) -> tuple[Block, ...]:
-        """The blocks of positions that are meant."""
+    def blocks(self, verb: Verb, stack: Stack, site: Site, build: Build, heals: bool = False) -> tuple[Block, ...]:
+        """The blocks of positions that are meant. With `heals` none that is chosen has the first layer."""
         if self.at is not None:
             return blocks_of(positions(self.at, len(stack), site))
         budget = {key: value for key in self.budgets if (value := getattr(self, key)) is not None}
         safe = frozenset() if self.protect is None else frozenset(positions(self.protect, len(stack), site, "protect"))
-        return site.choose(Wish(verb, stack, build, budget, self._named, self.metric, safe, self.candidates))
+        return site.choose(Wish(verb, stack, build, budget, self._named, self.metric, safe.union(range(heals)), self.candidates, heals))
 
-
-def _without(stack: Stack, blocks: Sequence[Block]) -> Stack:
-    gone = {position for block in blocks for position in range(block.start, block.stop)}
-    return tuple(layer for position, layer in enumerate(stack) if position not in gone)
+    def cut(self, verb: Verb, stack: Stack, site: Site, ridge: float | None) -> Stack:
+        """The stack without the layers that are meant; healed when a ridge is given, for which a layer has to stand before each block."""
+        blocks = self.blocks(verb, stack, site, partial(without, stack), ridge is not None)
+        left = without(stack, blocks)
+        if not left:
+            raise site.error(f"removes all {len(stack)} layers", "at")
+        if ridge is not None and blocks and blocks[0].start == 0:
+            raise site.error("no layer stands before layer 0 that a map could be folded into", "at", hint="prune it without a map")
+        return left if ridge is None or not blocks else site.heal(stack, blocks, ridge)
 
 
 class Prune(Chosen):
@@ -147,6 +156,10 @@ class Prune(Chosen):
     """Remove as many layers as keep the total seam distance at or below this."""
     max_loss_increase: Increase | None = None
     """Remove as many layers as keep the loss on held-out text within so much more than before the step, for example `5%`."""
+    heal: Literal["fold"] | None = None
+    """Fold a fitted linear map for each block into the layer before it, where that lowers the loss on held-out text."""
+    ridge: Ridge | None = None
+    """How strongly the map is held to the plain cut, in units of the mean square of what the layer adds; 0.01 if not set."""
 
     budgets: ClassVar[tuple[str, ...]] = ("layers", "params", "size", "max_distance", "max_loss_increase")
     examples: ClassVar[tuple[str, ...]] = (
@@ -157,6 +170,7 @@ class Prune(Chosen):
         "- prune: {max_distance: 0.2}                # as many as keep the seam that cheap",
         "- prune: {layers: 6, strategy: best}        # what more strategies choose, by loss too, is compared; it takes longer",
         "- prune: {max_loss_increase: 5%, strategy: greedy}  # as many as keep the loss within 5 %",
+        "- prune: {layers: 6, heal: fold}            # a fitted linear map makes up for what is missing",
         '- prune: {at: [3, 7, "20-24"]}              # these layers; a dash is inclusive',
         "- prune: {at: {every: 2, from: 8, to: 24}}  # 8, 10, ... 24",
     )
@@ -164,13 +178,16 @@ class Prune(Chosen):
     @property
     def runs(self) -> bool:
         """Whether stacks have to be run to choose layers."""
-        return super().runs or self.max_loss_increase is not None
+        return super().runs or self.max_loss_increase is not None or self.heal is not None
+
+    @model_validator(mode="after")
+    def _ridge(self) -> Prune:
+        if self.ridge is not None and self.heal is None:
+            raise PydanticCustomError("ridge", "'ridge' goes with heal: fold", {"at": "ridge"})
+        return self
 
     def apply(self, stack: Stack, site: Site) -> Stack:
-        left = _without(stack, self.blocks("remove", stack, site, partial(_without, stack)))
-        if not left:
-            raise site.error(f"removes all {len(stack)} layers", "at")
-        return left
+        return self.cut("remove", stack, site, None if self.heal is None else self.ridge or RIDGE)
 
 
 class Keep(Operation):
@@ -210,28 +227,24 @@ class Duplicate(Chosen):
 
 
 class Replace(Chosen):
-    """Replace each block of consecutive layers by one fitted map of its first state to its last.
-
-    A block costs what its removal would: that is the way which the map has to make.
-    """
+    """Put a fitted linear map in the place of each block of consecutive layers: `prune` with `heal: fold`."""
 
     by: Literal["linear"] = Field(alias="with")
     """What stands in for a block: a linear map."""
+    ridge: Ridge = RIDGE
+    """How strongly the map is held to the plain cut, in units of the mean square of what the layer adds."""
 
-    examples: ClassVar[tuple[str, ...]] = ("- replace: {layers: 4, with: linear}    # can be planned; the map is not fitted yet",)
+    examples: ClassVar[tuple[str, ...]] = (
+        "- replace: {layers: 4, with: linear}        # four layers, and what is linear in them put back",
+    )
+
+    @property
+    def runs(self) -> bool:
+        """Whether stacks have to be run: to fit and judge a map they have."""
+        return True
 
     def apply(self, stack: Stack, site: Site) -> Stack:
-        result: list[LayerRef] = []
-        done = 0
-        for block in self.blocks("replace", stack, site, partial(_without, stack)):
-            first, last = stack[block.start], stack[block.stop - 1]
-            span = last.index + last.span - first.index
-            if first.model != last.model or span < 1:
-                message = f"layers {block.start} to {block.stop - 1} do not lead on in one model: no map can stand in for them"
-                raise site.error(message, "layers" if self.at is None else "at")
-            result += [*stack[done : block.start], LayerRef(model=first.model, index=first.index, span=span, fitted=self.by)]
-            done = block.stop
-        return (*result, *stack[done:])
+        return self.cut("replace", stack, site, self.ridge)
 
 
 class Expand(Operation):
@@ -256,8 +269,7 @@ class Expand(Operation):
     def apply(self, stack: Stack, site: Site) -> Stack:
         if self.every is not None and self.every > len(stack):
             raise site.error(f"every {self.every} layers, but the stack has {len(stack)} here", "every")
-        every = self.every or 1
-        chosen = range(every - 1, len(stack), every) if self.at is None else positions(self.at, len(stack), site)
+        chosen = range((self.every or 1) - 1, len(stack), self.every or 1) if self.at is None else positions(self.at, len(stack), site)
         result: list[LayerRef] = []
         for position, layer in enumerate(stack):
             result.append(layer)

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
 
 from layercut.errors import LayercutError
 from layercut.header import ITEM_BITS, MAX_ELEMENTS
-from layercut.stack import LayerRef, Record
+from layercut.stack import Digest, LayerRef, Record
 
 __all__ = [
     "FORMAT",
@@ -27,6 +27,7 @@ __all__ = [
     "Grown",
     "LayerRef",
     "LeftOut",
+    "Map",
     "Measurement",
     "OutputFile",
     "Part",
@@ -263,11 +264,23 @@ class Grown(Record):
     """Element of the tensor at which this piece of it begins; the parts are whole in every piece."""
 
 
+class Map(Record):
+    """A linear map T that a tensor is multiplied by: `T' W` where the outputs of W are its rows, and `W T` where they are columns."""
+
+    sha256: Digest
+    """Of the file that holds the map (`Plan.maps` says where)."""
+    size: Annotated[int, Field(ge=1, lt=1 << 20)]
+    """The map has size x size elements."""
+    columns: bool
+    """Whether outputs are the last dimension of the tensor: in a bias they are."""
+
+
 class TensorMade(Record):
     """One tensor of the output that is computed: `cast(sum of weight * part) * factors`, one factor after the other, then `amend`.
 
     Without parts it is zero, or what `gather` says. The cast is to `compute` (or, when null, to the dtype of the first part); an
-    average is taken in float32, each product is rounded in the dtype of the computation, and the result is cast to `dtype`.
+    average is taken in float32, each product is rounded in the dtype of the computation, and the result is cast to `dtype`. Maps come
+    after the factors, computed by `folding`; each is rounded in the dtype of the computation, and the last one to `dtype` only.
     """
 
     name: str
@@ -280,6 +293,7 @@ class TensorMade(Record):
     """Strips of other tensors, in place of parts."""
     amend: Band | Grown | None = None
     """What makes up for the new place of a layer whose arithmetic depends on it, beyond plain factors."""
+    maps: tuple[Map, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -327,8 +341,6 @@ class Actions(Record):
     companions: tuple[Companion, ...]
     texts: dict[str, str] = {}
     """Other files that are written from text, by name; they stand in for companions of the same name."""
-    pending: tuple[str, ...] = ()
-    """What this version can plan but not execute, such as a map that has to be fitted; empty in a plan that can be run."""
 
 
 class Plan(Record):
@@ -351,6 +363,8 @@ class Plan(Record):
     notes: tuple[str, ...] = ()
     """Warnings for the reader."""
     measurement: Measurement | None
+    maps: dict[Digest, str] = {}
+    """Where the files of the maps lie that are folded into layers (absolute), by their sha256."""
     actions: Actions
 
     @property

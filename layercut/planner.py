@@ -16,6 +16,7 @@ from layercut.choices import Evidence, Measure, Run, StepSite
 from layercut.compatibility import check_together
 from layercut.ends import Ends, find_ends
 from layercut.errors import LayercutError, RecipeError, RefusedError, did_you_mean
+from layercut.fits import path_of
 from layercut.layout import Cast, Layout, Layouter
 from layercut.operations import apply_all
 from layercut.plan import Actions, Companion, Edit, LeftOut, Measurement, Plan, Seam, Source
@@ -73,6 +74,7 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: S
         left_out=(*layout.left_out, *_left_out(sources, used, donor, tokenizer, companions, {*surgery.texts} - {*_texts(recipe)})),
         notes=(*notes, *ends.notes, *surgery.notes, *layout.notes, *evidence.notes, *shared),
         measurement=evidence.measurement,
+        maps={fold.sha256: str(path_of(fold.sha256).absolute()) for layer in stack for fold in layer.folds},
         actions=Actions(
             layers=stack,
             config=surgery.text,
@@ -80,7 +82,6 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: S
             index=layout.index_text,
             companions=companions,
             texts=dict(surgery.texts),
-            pending=tuple(_pending(stack)),
         ),
     )
 
@@ -132,12 +133,6 @@ def _lay_out(recipe: Recipe, used: Mapping[str, Member], stack: Stack, ends: End
     layout = Layouter(used, stack, _cast(recipe), grids).lay_out(ends, recipe.shard_size, end_scalings(recipe))
     padded = any(file.header_size is not None for file in layout.files)
     return layout, [f"laid out for block sharing ({shared})" if shared is not None else "laid out for direct writes"] if padded else []
-
-
-def _pending(stack: Stack) -> Iterator[str]:
-    for layer in stack:
-        if layer.fitted is not None:
-            yield f"layers {layer.index} to {layer.index + layer.span - 1} of {layer.model} replaced by a fitted {layer.fitted} map"
 
 
 def _what_decides(recipe: Recipe) -> str:

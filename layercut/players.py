@@ -1,4 +1,4 @@
-"""Players: language models whose layers run in any order and number, averaged and scaled too. Refuses what has no loss."""
+"""Players: language models whose layers run in any order and number, averaged, scaled and folded. Refuses what has no loss."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from layercut.checkpoint import Checkpoint
 from layercut.errors import CheckpointError, RefusedError, first_line
+from layercut.fits import map_of
+from layercut.folding import folded
 from layercut.loading import STORED, layers_of, load_as, own_code, quiet, settled_dtype
 from layercut.runner import Limits
 from layercut.scalings import factors
@@ -161,13 +163,9 @@ class Player:
 
 
 def module_of(layer: LayerRef, players: Mapping[str, Player]) -> nn.Module:
-    """A layer as a stack has it: the model's own, or a copy with averaged and scaled weights, computed as the executor does."""
+    """A layer as a stack has it: the model's own, or a copy with averaged, scaled and folded weights, computed as the executor does."""
     if layer.plain:
         return players[layer.model].staged.layers[layer.index]
-    if layer.fitted is not None:
-        raise RefusedError(
-            f"the {layer.fitted} map of layer {layer.index} is not fitted yet: a stack with it has no loss", hint=BY_DISTANCE
-        )
     weights = players[layer.model].weights(layer.index)
     shares = [(players[share.model].weights(share.index), share.weight) for share in layer.shares] or [(weights, 1.0)]
     with players[layer.model].layer(layer.index) as own:
@@ -183,6 +181,9 @@ def module_of(layer: LayerRef, players: Mapping[str, Player]) -> nn.Module:
                 )
             for by in factors(layer.scalings, name):
                 value = value * by
+            for fold in layer.folds:
+                if rest in (f"{fold.module}.weight", f"{fold.module}.bias"):
+                    value = folded(value, map_of(fold.sha256, fold.size), fold.columns or value.ndim == 1, stored.dtype)
             tensor.copy_(value)
     return made
 

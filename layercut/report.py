@@ -89,8 +89,8 @@ class Report(Record):
     layers: tuple[LayerRef, ...]
     """The output stack, first layer first."""
     kept: dict[str, tuple[str, ...]]
-    """By source: its layers in the output, in output order, as half-open ranges such as `[0, 21)`. An average stands alone, as the
-    layers whose place it takes, with the source that it is named after."""
+    """By source: its layers in the output, in output order, as half-open ranges such as `[0, 21)`. A layer with a map stands alone, and an
+    average as the layers whose place it takes, with the source that it is named after."""
     dropped: dict[str, tuple[int, ...]]
     """By source: indices of the layers that are nowhere in the output, not even in an average."""
     seams: tuple[Seam, ...]

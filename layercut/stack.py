@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import FiniteFloat
+from pydantic import Field, FiniteFloat
 
 from layercut.record import Record as Record
 
@@ -27,6 +27,32 @@ class Scaling(Record):
     """Factor; 0 writes true zeros."""
 
 
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""A sha256."""
+
+
+class Fold(Record):
+    """A linear map of what a layer adds to the residual stream, so that it stands in for removed layers as well (docs/healing.md).
+
+    It is multiplied into the weight and bias of one module of the layer, and takes no room of its own in the model.
+    """
+
+    sha256: Digest
+    """Of the file that holds the map."""
+    size: Annotated[int, Field(ge=1, lt=1 << 20)]
+    """Hidden size d: the map has d x d elements."""
+    module: str
+    """Name, in the layer, of the module whose output is mapped, for example `mlp.down_proj`."""
+    columns: bool = False
+    """Whether the outputs of the module are the columns of its weight, as in GPT-2; else they are the rows."""
+    tokens: int
+    """Tokens that it was fitted on; pads never count."""
+    ridge: FiniteFloat
+    """Penalty on its distance from the identity, in units of the mean square of what the module adds."""
+    explained: FiniteFloat
+    """Share of the squared way, from the state before the removed layers to the one behind them, that the map makes on that text."""
+
+
 class LayerRef(Record):
     """One layer of the stack: a layer of a source model as it is, or with arithmetic."""
 
@@ -42,14 +68,13 @@ class LayerRef(Record):
     """Groups of factors, applied one group after the other; in a group the first pattern that matches counts."""
     identity: bool = False
     """What it adds to the residual stream is zeroed, so that it hands on the state that it gets."""
-
-    fitted: str | None = None
-    """A map that stands in for the layers, and has to be fitted."""
+    folds: tuple[Fold, ...] = ()
+    """Maps that make it stand in for removed layers, one after the other; applied after all other arithmetic."""
 
     @property
     def plain(self) -> bool:
         """Whether no arithmetic is asked of the layer."""
-        return not self.shares and not self.scalings and self.fitted is None
+        return not self.shares and not self.scalings and not self.folds
 
 
 Stack = tuple[LayerRef, ...]
@@ -128,7 +153,7 @@ def runs(stack: Sequence[LayerRef]) -> tuple[Run, ...]:
     found: list[Run] = []
     joinable = False
     for layer in stack:
-        single = layer.identity or bool(layer.shares) or layer.fitted is not None
+        single = layer.identity or bool(layer.shares) or bool(layer.folds)
         if found and joinable and not single and found[-1].model == layer.model and found[-1].stop == layer.index:
             found[-1] = found[-1]._replace(stop=layer.index + 1)
         else:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
-from layercut.stack import Block, Stack
+from layercut.stack import Block, Fold, Stack
 
 Part = Literal["calibration", "held out"]
 """Text that a stack is chosen on, or other text of the same source, which none was chosen on."""
@@ -55,6 +55,15 @@ class Losses(Protocol):
         """The loss of every stack on a part of the text, or on a share of its samples, the first ones; one sample at least.
 
         What was asked before costs nothing. Raises LayercutError when a loss is not finite: it is never read as cheap.
+        """
+
+    def check_foldable(self, stack: Stack) -> None:
+        """Raise RefusedError when a map can be folded into no layer of the stack, before anything is measured for long."""
+
+    def fit(self, given: Stack, wanted: Stack, ridge: float) -> Fold:
+        """The map that, folded into the last layer of `given`, makes the state behind it most like the one behind `wanted`.
+
+        Both stacks begin at the embeddings. Raises RefusedError when no map can be folded into that layer.
         """
 
     def about(self) -> dict[str, Any]:

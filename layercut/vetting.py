@@ -11,6 +11,7 @@ from layercut.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint, weig
 from layercut.companions import left_out_reason
 from layercut.errors import CheckpointError, OutputError
 from layercut.fetching import check_here
+from layercut.fits import fault_of
 from layercut.header import ITEM_BITS, parse_json, quoted
 from layercut.plan import Actions, Band, Gather, Grown, OutputFile, Part, Plan, TensorCopy, TensorMade
 from layercut.report import REPORT
@@ -34,8 +35,6 @@ def check_plan(plan: Plan, sources: Mapping[str, Checkpoint]) -> None:
     Raises OutputError, naming what is wrong.
     """
     actions = plan.actions
-    if actions.pending:
-        raise OutputError(f"this version plans but cannot execute: {'; '.join(quoted(what)[1:-1] for what in actions.pending)}")
     _require(plan.donor in sources, f"plan names the donor {quoted(plan.donor)}, which is no source of it")
     for layer in actions.layers:
         _require(layer.span > 0, f"plan lets layer {layer.index} of {quoted(layer.model)} stand for {layer.span} layers")
@@ -54,6 +53,7 @@ def check_plan(plan: Plan, sources: Mapping[str, Checkpoint]) -> None:
             raise CheckpointError("changed since the plan was made", where=path, hint="plan again")
     _check_texts(actions)
     homes = _check_files(actions.files, sources)
+    _check_maps(plan)
     _require(isinstance(parse_json(actions.config, Path(CONFIG), infinity=True), dict), "plan's config.json is not a JSON object")
     _require(actions.index is not None or len(actions.files) == 1, "plan writes several weight files without an index")
     if actions.index is not None:
@@ -70,6 +70,18 @@ def _check_texts(actions: Actions) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             _require(False, f"plan's {quoted(name)} holds half of a surrogate pair at {error.start}, which is no character")
+
+
+def _check_maps(plan: Plan) -> None:
+    """The maps that go into tensors are here, and are what was fitted. Raises CheckpointError when not."""
+    made = [tensor for file in plan.actions.files for tensor in file.tensors if isinstance(tensor, TensorMade)]
+    sizes = {one.sha256: one.size for tensor in made for one in tensor.maps}
+    for digest, size in sizes.items():
+        _require(digest in plan.maps, f"plan does not say where the map {digest} is")
+        path = Path(plan.maps[digest])
+        fault = fault_of(path, digest, size)
+        if fault is not None:
+            raise CheckpointError(f"the map that was fitted for this plan {fault}", where=path, hint="plan again")
 
 
 def _check_files(files: Sequence[OutputFile], sources: Mapping[str, Checkpoint]) -> dict[str, str]:
@@ -118,6 +130,10 @@ def _check_made(made: TensorMade, sources: Mapping[str, Checkpoint]) -> None:
         _require(odd is None, f"plan computes {what} with the {kind} {odd}")
     for part in made.parts:
         _check_range(what, part, made.shape, sources)
+    for one in made.maps:
+        _require(bool(made.parts), f"plan folds a map into {what}, which has no parts")
+        wide = made.shape[-1 if one.columns else 0] if len(made.shape) == 2 or (len(made.shape) == 1 and one.columns) else None
+        _require(wide == one.size, f"plan folds a map of size {one.size} into {what} of shape {list(made.shape)}")
 
 
 def _check_amend(what: str, made: TensorMade, amend: Band | Grown) -> None:

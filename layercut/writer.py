@@ -64,6 +64,7 @@ class Writer(NamedTuple):
         """
         actions = self.plan.actions
         folders = {alias: checkpoint.folder for alias, checkpoint in self.sources.items()}
+        folders |= {digest: Path(path) for digest, path in self.plan.maps.items()}
         advancing, computing = Lock(), Lock()
         with ExitStack() as stack:
             opened = SourceFiles(stack, self.place.durable)
@@ -161,12 +162,18 @@ def pieces(steps: Iterable[Step], offset: int, resume: int) -> Iterator[Piece]:
     """The steps, of which the first begins at `offset` of the file, without what lies in its first `resume` bytes.
 
     They are cut at multiples of MARK in the file, where progress is recorded. These are multiples of any block, so whole blocks stay whole.
+    What maps go into is not cut: each of its bytes depends on all of the tensor.
     """
     for step in steps:
         size = step.nbytes if isinstance(step, TensorMade) else step.end - step.begin
         width = _least(step.dtype) if isinstance(step, TensorMade) else 1
         done = min(size, max(0, resume - offset))
         done -= done % width
+        if isinstance(step, TensorMade) and step.maps:
+            if done < size:
+                yield Piece(step, offset, offset + size)
+            offset += size
+            continue
         while done < size:
             room = MARK - (offset + done) % MARK
             count = min(size - done, max(room - room % width, width))

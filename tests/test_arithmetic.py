@@ -14,12 +14,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from layercut import arithmetic
-from layercut.arithmetic import DTYPES, write_made
+from layercut.arithmetic import DTYPES, made_pieces, write_made
 from layercut.copying import BUFFER, SourceFiles
 from layercut.errors import CheckpointError, OutputError
-from layercut.plan import Band, Grown, Part, TensorMade
+from layercut.fits import span_of
+from layercut.folding import folded
+from layercut.plan import Band, Grown, Map, Part, TensorMade
 
 SHAPE = (37, 53)
 START = 24  # bytes of the file before the first tensor
@@ -415,3 +418,53 @@ def test_a_vector_that_cannot_grow(tmp_path, query, key, why):
         run(tmp_path, parts, dtype="F64", shape=(2,), amend=Grown(by=0.5))
     start = "tensor 'model.w': cannot make up for the new place of its layer: the tensor that it is multiplied with"
     assert str(caught.value) == f"{start} {why}"
+
+
+# Maps
+
+
+def mapped(tmp_path, tensor, dtype, *folds, columns=False, **how):
+    """Bytes of a tensor that maps are folded into, each in a file as `fits` writes it."""
+    maps, folders = [], {"m": tmp_path}
+    for number, fold in enumerate(folds):
+        digest = f"{number}" * 64
+        path = tmp_path / digest
+        save_file({"map": fold}, path)
+        assert span_of(path, len(fold)).end == path.stat().st_size
+        folders[digest] = path
+        maps.append(Map(sha256=digest, size=len(fold), columns=columns))
+    (tmp_path / "source").write_bytes(raw(tensor))
+    part = Part(model="m", file="source", begin=0, end=tensor.nbytes, dtype=dtype, weight=1)
+    made = TensorMade(name="model.w", dtype=how.pop("write", dtype), shape=tuple(tensor.shape), parts=(part,), maps=tuple(maps), **how)
+    with ExitStack() as stack:
+        return b"".join(made_pieces(made, folders, SourceFiles(stack))), made
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64"])
+@pytest.mark.parametrize("columns", [False, True])
+def test_a_map_is_multiplied_into_the_tensor_after_its_factors(tmp_path, dtype, columns, monkeypatch):
+    monkeypatch.setattr(arithmetic, "PIECE", 100)
+    tensor, fold = random_tensor(dtype, 1, (8, 20)), random_tensor("F32", 2, (20, 20) if columns else (8, 8))
+    data, made = mapped(tmp_path, tensor, dtype, fold, columns=columns, factors=(0.5,))
+    assert data == raw(folded(tensor * 0.5, fold, columns, torch_dtype(dtype))) and len(data) == made.nbytes
+
+
+def test_maps_come_one_after_the_other_and_the_last_one_casts(tmp_path):
+    tensor, one, two = random_tensor("BF16", 1, (8, 5)), random_tensor("F32", 2, (8, 8)), random_tensor("F32", 3, (8, 8))
+    data, _ = mapped(tmp_path, tensor, "BF16", one, two, write="F32")
+    assert data == raw(folded(folded(tensor, one, False, torch.bfloat16), two, False, torch.float32))
+    data, _ = mapped(tmp_path, tensor, "BF16", one, compute="F32", write="F16")
+    assert data == raw(folded(tensor.float(), one, False, torch.float16))
+
+
+def test_a_map_that_leads_out_of_the_range_of_a_dtype(tmp_path):
+    tensor = torch.full((2, 2), 60000.0, dtype=torch.float16)
+    with pytest.raises(OutputError) as caught:
+        mapped(tmp_path, tensor, "F16", torch.full((2, 2), 2.0))
+    assert str(caught.value) == "tensor 'model.w': overflows F16; use a dtype of larger range"
+
+
+def test_what_a_source_spoils_is_spelled_in_one_way(tmp_path):
+    tensor = torch.tensor([[math.inf, 1.0], [2.0, 3.0]])
+    data, _ = mapped(tmp_path, tensor, "F32", torch.eye(2))
+    assert data == struct.pack("<4f", math.nan, 1.0, math.nan, 3.0)

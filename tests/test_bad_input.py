@@ -26,6 +26,7 @@ METRIC_LIST = ", ".join(METRICS)
 SELECTOR = 'expected a layer such as 3, a range such as "20-24", or {every: 2, from: 8, to: 24}'
 COUNT = "expected a number of layers such as 6, or a percentage such as 25%"
 SIZE = "expected a size such as 5GB, 500MB or 5GiB"
+NOTHING_BEFORE = "no layer stands before layer 0 that a map could be folded into; prune it without a map"
 EITHER = "takes either 'layers' (how many) or 'at' (which)"
 BUDGETS = "takes either one of layers, params, size, max_distance, max_loss_increase (how many) or 'at' (which)"
 NAMED = "with 'at' nothing is chosen: strategy, metric and protect go with a budget"
@@ -300,10 +301,14 @@ TABLE = [
     (steps("replace: {layers: 2}"), "r.yaml:3:14: 'with' is missing"),
     (steps("replace: {layers: 2, with: cubic}"), "r.yaml:3:32: steps.0.replace.with: expected 'linear', found 'cubic'"),
     (steps("replace: {with: linear}"), f"r.yaml:3:14: {EITHER}"),
-    (steps("replace: {layers: 6, with: linear}"), "r.yaml:3:23: cannot replace 6 of 6 layers; at most 5"),
+    (steps("replace: {layers: 6, with: linear}"), "r.yaml:3:23: cannot replace 6 of 6 layers, 1 of them protected; at most 5"),
+    (steps("replace: {at: [0, 3], with: linear}"), f"r.yaml:3:19: {NOTHING_BEFORE}"),
+    (steps("prune: {at: 0, heal: fold}"), f"r.yaml:3:17: {NOTHING_BEFORE}"),
+    (steps("prune: {at: 2, heal: train}"), "r.yaml:3:26: steps.0.prune.heal: expected 'fold', found 'train'"),
+    (steps("prune: {at: 2, ridge: 0.1}"), "r.yaml:3:20: 'ridge' goes with heal: fold"),
     (
         steps("replace: {layers: 2, by: linear}"),
-        "r.yaml:3:26: unknown key 'by'; known keys are at, candidates, layers, metric, protect, strategy, with",
+        "r.yaml:3:26: unknown key 'by'; known keys are at, candidates, layers, metric, protect, ridge, strategy, with",
     ),
     (steps("scale: {by: 2}"), "r.yaml:3:12: 'tensors' is missing"),
     (steps("scale: {tensors: '*'}"), "r.yaml:3:12: 'by' is missing"),
@@ -470,7 +475,7 @@ def test_an_override_is_at_fault_by_its_own_name(tmp_path: Path, model: Checkpoi
     assert str(caught.value) == f"--set steps.0.prune.layers: {COUNT}, found 'many'"
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, ["steps.-1.prune.colour=red"])
-    assert str(caught.value).startswith("--set steps.-1.prune.colour: unknown key 'colour'; known keys are at, candidates, layers, ")
+    assert str(caught.value).startswith("--set steps.-1.prune.colour: unknown key 'colour'; known keys are at, candidates, heal, layers, ")
 
 
 def test_places_lead_through_merge_keys(tmp_path: Path, model: Checkpoint) -> None:

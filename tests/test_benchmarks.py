@@ -29,6 +29,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import engine as speed  # noqa: E402
 import engine_peer as peer  # noqa: E402
+import healing  # noqa: E402
 import mergekit_parity as parity  # noqa: E402
 import parity_cases as cases  # noqa: E402
 import parity_rules as rules  # noqa: E402
@@ -534,3 +535,24 @@ def test_a_best_that_is_not_best_fails_the_benchmark() -> None:
     assert choosing.sound([of("block", 3.0), evolve, of("best", 2.0), default])
     assert not choosing.sound([of("block", 3.0), evolve, of("best", 2.5), default])
     assert not choosing.sound([of("block", 3.0), of("evolve", 2.0, 2.0, 3.0), of("best", 2.0), default])
+
+
+def test_healing_is_measured(tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["--model", str(tiny("llama")), "--counts", "1", "2", "--samples", "6", "--length", "48", "--judged", "4", "--ridges", "0.5"]
+    assert healing.main([*wanted, "--report", str(tmp_path / "p.md")]) == 0
+    page = (tmp_path / "p.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == page + "\n"
+    rows = re.findall(r"^\| (\S.*) \| [0-9 -]+ \| [0-9.,]+ \| [0-9.,]+ \| -?\d+% \| (\d) of (\d) \|$", page, re.MULTILINE)
+    names = [name for rows in rows for name in rows[0].replace("`", "").split(", ")]
+    assert sorted(names) == ["0.5", *sorted(2 * ["block", "rank", "deepest"])]
+    assert all(int(taken) <= int(count) for _, taken, count in rows) and "judged on 4 more" in page
+
+
+def test_healing_that_does_harm_fails_the_benchmark() -> None:
+    def of(*losses: tuple[str, float]) -> Any:
+        tried = tuple(choosing.Attempt(name, (), choosing.Loss((mean,), (1,))) for name, mean in losses)
+        one = choosing.Loss((1.0,), (1,))
+        return healing.Outcome("block", (), one, one, healing.Healed((), tried, ()))
+
+    assert of(("the cut", 3.0), ("map", 2.0), ("map, not taken", 4.0)).sound and of(("the cut", 3.0)).sound
+    assert not of(("the cut", 3.0), ("map", 4.0)).sound

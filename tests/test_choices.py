@@ -18,7 +18,7 @@ from layercut.operations import Wish
 from layercut.plan import Candidate, Choice, Measurement, Plan, Table, TensorMade, Trial
 from layercut.planner import build_plan
 from layercut.recipe import Recipe, parse_recipe
-from layercut.stack import Block, LayerRef, Stack
+from layercut.stack import Block, Fold, LayerRef, Stack
 from layercut.trials import Loss
 from layercut.yamltext import YamlText
 
@@ -179,8 +179,6 @@ def test_outputs_to_the_residual_stream(family: str, tmp_path: Path) -> None:
     layer = LayerRef(model="m", index=1)
     assert site.tensors(layer) == tuple(f"h.1.{name}" for name in names)
     assert site.outputs(layer) == tuple(f"h.1.{names[at]}" for at in wanted)
-    fitted = LayerRef(model="m", index=1, fitted="linear")
-    assert site.tensors(fitted) == site.outputs(fitted) == ()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "falcon", "phi"])
@@ -356,16 +354,6 @@ def test_what_is_kept_of_a_choice(model: Checkpoint) -> None:
     assert len(budget.candidates) == DEPTH - (budget.candidates[0].stop - budget.candidates[0].start) + 1
 
 
-def test_a_replaced_block_is_the_one_of_least_distance(model: Checkpoint) -> None:
-    """The cost that is shown is that of the plan: a map leaves no seam."""
-    matrix = [[0.0 if i == j else 0.5 for j in range(7)] for i in range(7)]
-    matrix[2][4] = matrix[4][2] = 0.1
-    plan = plan_of("model: m\nsteps: [{replace: {layers: 2, with: linear}}]", Meter(matrix), m=model)
-    assert plan.choices[0].chosen == "replace layers [2, 4)"
-    assert plan.choices[0].cost == 0.1
-    assert [(layer.index, layer.span) for layer in plan.actions.layers] == [(0, 1), (1, 1), (2, 2), (4, 1), (5, 1)]
-
-
 def test_measuring_happens_once_for_all_metrics(model: Checkpoint) -> None:
     meter = Meter(distances())
     evidence = Evidence(
@@ -406,6 +394,13 @@ class Running:
         self.shares.append(share)
         missing = [{*range(DEPTH)} - {layer.index for layer in stack} for stack in stacks]
         return [Loss((4 + sum(self.costs[part][at] for at in sorted(gone)),), (1,)) for gone in missing]
+
+    def check_foldable(self, stack: Stack) -> None:
+        pass
+
+    def fit(self, given: Stack, wanted: Stack, ridge: float) -> Fold:
+        """A map that changes no loss."""
+        return Fold(sha256="0" * 64, size=2, module="o_proj", tokens=1, ridge=ridge, explained=0)
 
     def about(self) -> dict[str, Any]:
         return {"unit": "nats a token"}
@@ -671,12 +666,17 @@ def test_recipes_that_only_a_distance_suits(model: Checkpoint, prune: str, more:
     assert plan.choices[0].chosen == "remove layers [2, 4)"
 
 
-def test_a_map_is_fitted_to_the_nearest_block(model: Checkpoint) -> None:
+def test_what_is_replaced_is_compared_as_what_is_removed(model: Checkpoint) -> None:
+    """And then a map is tried; here it changes no loss, so that it is not taken."""
     recipe = parse_recipe(YamlText("model: m\nsteps:\n- replace: {layers: 2, with: linear}\n", "r.yaml"))
     plan = build_plan(recipe, resolve=lambda _: model, measure=Meter(planted()), run=by_rank())
-    why = "what is lost is not known before the map is fitted"
-    assert plan.notes == (ALONE.replace("prune", "replace") + why,)
-    assert plan.choices[0].chosen == "replace layers [2, 4)"
+    chosen, healed = plan.choices
+    assert [trial.name for trial in chosen.trials] == ["as it is", "block", "blocks", "rank"]
+    assert (chosen.where, chosen.chosen) == ("steps.0.replace", "replace layers [1, 2) + [4, 5)")
+    assert (healed.where, healed.chosen) == ("steps.0.replace.heal", "no map lowers the loss: the cut alone")
+    words = "0% of the way, not taken"
+    assert [trial.name for trial in healed.trials] == ["as it is", "the cut", f"map for [1, 2): {words}", f"map for [4, 5): {words}"]
+    assert plan.maps == {} and kept(plan) == [0, 2, 3, 5]
 
 
 def test_repeated_layers_are_compared_too(model: Checkpoint) -> None:

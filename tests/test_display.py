@@ -15,7 +15,7 @@ from layercut.executor import execute
 from layercut.plan import Distance, Measurement, Plan, Seam, Table
 from layercut.planner import build_plan
 from layercut.recipe import parse_recipe
-from layercut.stack import LayerRef, Scaling, Share
+from layercut.stack import Fold, LayerRef, Scaling, Share
 from layercut.yamltext import YamlText
 
 
@@ -86,18 +86,21 @@ def test_the_picture_of_a_stack() -> None:
     ]
 
 
+FOLD = Fold(sha256="a" * 64, size=4, module="mlp.down_proj", tokens=100, ridge=0.01, explained=0.5)
+
+
 def test_the_picture_says_what_is_done_to_layers() -> None:
     layers = [
         LayerRef(model="a", index=0, scalings=((Scaling(tensors="*", by=0.5),),)),
         LayerRef(model="b", index=4, span=2, shares=(Share(model="b", index=4, weight=0.25), Share(model="b", index=5, weight=0.75))),
         LayerRef(model="a", index=5, identity=True, scalings=((Scaling(tensors="*", by=0),),)),
-        LayerRef(model="a", index=6, span=3, fitted="linear"),
+        LayerRef(model="a", index=6, folds=(FOLD,)),
     ]
     assert list(picture(layers, [])) == [
         "  [0, 1)  # 1 layer of a, tensors scaled",
         "  [4, 6)  # 1 layer of b, average of 0.25 x b:4, 0.75 x b:5",
         "  [5, 6)  # 1 layer of a, adds nothing: its outputs are zeroed",
-        "  [6, 9)  # 1 layer of a, replaced by a fitted linear map",
+        "  [6, 7)  # 1 layer of a, with a map for the layers that were removed behind it folded into mlp.down_proj",
     ]
 
 

@@ -632,15 +632,6 @@ def test_texts_that_cannot_be_encoded(plan, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_executed_yet_writes_nothing(plan, tmp_path):
-    before = tree(tmp_path)
-    pending = ["layers 1 to 3 of m replaced by a fitted linear map", "x\ny"]
-    with pytest.raises(OutputError) as caught:
-        execute(edited(plan, ("actions.pending", pending)), tmp_path / "out", overwrite=True, progress=False)
-    assert str(caught.value) == "this version plans but cannot execute: layers 1 to 3 of m replaced by a fitted linear map; x\\ny"
-    assert tree(tmp_path) == before
-
-
 # Where it may not be written
 
 

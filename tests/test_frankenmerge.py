@@ -160,12 +160,3 @@ def test_cast_to_another_dtype(tiny: Make, tmp_path: Path) -> None:
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name].to(torch.bfloat16)) for name in mine)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-
-
-def test_a_fitted_map_is_planned_but_not_run(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = f"model: {tiny('llama')}\nsteps: [{{replace: {{at: '2-3', with: linear}}}}]\noutput: {tmp_path / 'out'}\n"
-    recipe = write(tmp_path / "r.yaml", text)
-    assert main(["plan", str(recipe), "-q"]) == 0
-    assert "replaced by a fitted linear map" in capsys.readouterr().out
-    assert main(["run", str(recipe), "-q"]) == 1
-    assert "cannot execute" in capsys.readouterr().err and not (tmp_path / "out").exists()

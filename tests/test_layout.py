@@ -17,10 +17,10 @@ from layercut.errors import LayercutError, RefusedError
 from layercut.header import ITEM_BITS
 from layercut.layout import Cast, Layout, Layouter
 from layercut.operations import OPERATIONS, Wish, apply_all
-from layercut.plan import LeftOut, OutputFile, Part, TensorCopy, TensorMade
+from layercut.plan import LeftOut, Map, OutputFile, Part, TensorCopy, TensorMade
 from layercut.scalings import Groups
 from layercut.shards import Grid
-from layercut.stack import Block, LayerRef, Scaling, Share, Stack
+from layercut.stack import Block, Fold, LayerRef, Scaling, Share, Stack
 
 LARGE = 10**9
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -465,12 +465,6 @@ def test_a_head_that_is_written_out_takes_the_factors_of_its_source_name(tmp_pat
     assert head.parts[0].model == "b" and head.parts[0].begin == members["b"].checkpoint.tensors["model.embed_tokens.weight"].begin
 
 
-def test_a_fitted_layer_has_no_tensors_yet(bf16: Member) -> None:
-    layout = lay_out({"m": bf16}, (LayerRef(model="m", index=0, span=2, fitted="linear"),))
-    assert not [name for name in names(layout) if ".layers." in name]
-    assert [left.what for left in layout.left_out] == ["layers 0 to 1 (6 tensors, model.layers.*)"]
-
-
 def test_runs_that_have_to_be_in_step_move_the_bounds_of_files(tmp_path: Path) -> None:
     shapes: Shapes = {"h.0.w": ("BF16", (5004,)), "h.1.w": ("BF16", (5004,)), "norm.weight": ("BF16", (8,))}
     source = member(tmp_path / "m", zeros(shapes), 2)
@@ -486,3 +480,58 @@ def test_runs_that_have_to_be_in_step_move_the_bounds_of_files(tmp_path: Path) -
     assert laid.index_text is not None
     assert json.loads(laid.index_text)["weight_map"]["h.1.w"] == "model-00002-of-00002.safetensors"
     assert laid.left_out == plain.left_out
+
+
+SHA = "a" * 64
+PARTS = {"down.weight": (4, 6), "down.bias": (4,), "up": (6, 4)}
+MLP: Shapes = {
+    **{f"h.{index}.{name}": ("F32", shape) for index in range(2) for name, shape in PARTS.items()},
+    "norm.weight": ("F32", (4,)),
+}
+
+
+def folded(index: int, module: str = "down", size: int = 4, columns: bool = False, **more: Any) -> LayerRef:
+    fold = Fold(sha256=SHA, size=size, module=module, columns=columns, tokens=1, ridge=1, explained=1)
+    return LayerRef(model="m", index=index, folds=(fold,), **more)
+
+
+def test_maps_go_into_the_weight_and_bias_of_one_module(tmp_path: Path) -> None:
+    source = member(tmp_path / "m", zeros(MLP), 2)
+    layout = lay_out({"m": source}, (folded(0), *refs(1)))
+    maps = {tensor.name: tensor.maps for file in layout.files for tensor in file.tensors if isinstance(tensor, TensorMade)}
+    assert maps == {
+        "h.0.down.weight": (Map(sha256=SHA, size=4, columns=False),),
+        "h.0.down.bias": (Map(sha256=SHA, size=4, columns=True),),
+    }
+    assert layout.left_out == (), "all layers are there"
+
+
+def test_maps_come_after_factors_and_casts_and_zeros_stay_zeros(tmp_path: Path) -> None:
+    source = member(tmp_path / "m", zeros(MLP), 2)
+    halved = folded(1, scalings=((Scaling(tensors="*.down.weight", by=0.5), Scaling(tensors="*.bias", by=0)),))
+    layout = lay_out({"m": source}, (*refs(0), halved), cast=Cast(write="BF16"))
+    weight, bias = entry(layout, "h.1.down.weight"), entry(layout, "h.1.down.bias")
+    assert isinstance(weight, TensorMade) and isinstance(bias, TensorMade)
+    assert (weight.dtype, weight.factors, len(weight.maps)) == ("BF16", (0.5,), 1)
+    assert (bias.parts, bias.maps) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (folded(0, "gone"), "layer 0 of m has no gone of its own: no map can be folded into it"),
+        (folded(0, size=6), "h.0.down.weight: no map of size 6 can be folded into shape [4, 6]"),
+        (folded(0, columns=True), "h.0.down.weight: no map of size 4 can be folded into shape [4, 6]"),
+    ],
+)
+def test_maps_that_fit_nowhere(layer: LayerRef, message: str, tmp_path: Path) -> None:
+    source = member(tmp_path / "m", zeros(MLP), 2)
+    with pytest.raises(RefusedError) as caught:
+        lay_out({"m": source}, (layer, *refs(1)))
+    assert str(caught.value) == message
+
+
+def test_maps_go_into_no_quantised_weight(tmp_path: Path) -> None:
+    source = member(tmp_path / "m", zeros({"h.0.down.weight": ("I8", (4, 6)), "h.1.down.weight": ("I8", (4, 6))}), 2)
+    with pytest.raises(RefusedError, match="arithmetic on I8 is refused"):
+        lay_out({"m": source}, (folded(0), *refs(1)))

@@ -556,10 +556,9 @@ def test_a_stack_whose_loss_is_not_finite_stops(tiny: Tiny, monkeypatch: pytest.
         found.losses([removed(6), removed(6, 1, 2)])
 
 
-def test_a_fitted_map_has_no_loss_yet(tiny: Tiny) -> None:
-    stack = (*layers(0, 1), LayerRef(model="m", index=2, span=2, fitted="linear"), *layers(4, 5))
-    with pytest.raises(RefusedError, match="the linear map of layer 2 is not fitted yet"):
-        meter(TEXT, tiny("llama")).losses([stack])
+def test_a_stack_without_layers(tiny: Tiny) -> None:
+    with pytest.raises(RefusedError, match="a stack without layers has no loss"):
+        meter(TEXT, tiny("llama")).losses([()])
 
 
 def test_experts_cannot_be_scaled(odd: Callable[[str], Path]) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from layercut.checkpoint import Checkpoint, open_checkpoint
 from layercut.errors import LayercutError, RecipeError, RefusedError
+from layercut.healing import without
 from layercut.metrics import Cosine
 from layercut.operations import OPERATIONS, Duplicate, Expand, Keep, Operation, Prune, Reorder, Wish, apply_all
 from layercut.plan import Plan, TensorMade
@@ -32,6 +33,7 @@ class Site:
     def __init__(self, *blocks: Block, outputs: tuple[str, ...] = OUTPUTS) -> None:
         self.blocks, self.known = blocks, outputs
         self.asked: list[Wish] = []
+        self.healed: list[tuple[tuple[Block, ...], float]] = []
 
     def error(self, message: str, *path: str | int, hint: str | None = None) -> LayercutError:
         return RecipeError(message, where=".".join(map(str, path)), hint=hint)
@@ -39,6 +41,10 @@ class Site:
     def choose(self, wish: Wish) -> tuple[Block, ...]:
         self.asked.append(wish)
         return self.blocks
+
+    def heal(self, stack: Stack, blocks: Sequence[Block], ridge: float) -> Stack:
+        self.healed.append((tuple(blocks), ridge))
+        return without(stack, blocks)
 
     def tensors(self, layer: LayerRef) -> tuple[str, ...]:
         return tuple(f"model.layers.{layer.index}.{name}" for name in NAMES)
@@ -86,8 +92,9 @@ def make(name: str, **fields: Any) -> Operation:
         (make("expand", at=[0, -1]), [0, 0, 1, 2, 3, 4, 5, 5]),
         (make("merge", at=[2, 3]), [0, 1, 2, 4, 5]),
         (make("merge", at=[5, 0]), [0, 1, 2, 3, 4]),
-        (make("replace", at="1-3", **{"with": "linear"}), [0, 1, 4, 5]),
-        (make("replace", at=[0, 2, 3], **{"with": "linear"}), [0, 1, 2, 4, 5]),
+        (make("replace", at="1-3", **{"with": "linear"}), [0, 4, 5]),
+        (make("replace", at=[1, 3, 4], **{"with": "linear"}), [0, 2, 5]),
+        (make("prune", at=[1, 3, 4], heal="fold"), [0, 2, 5]),
         (make("scale", tensors="*", by=2), [0, 1, 2, 3, 4, 5]),
         (make("zero", at=3, tensors="*"), [0, 1, 2, 3, 4, 5]),
         (make("reorder", to=[5, "0-4"]), [5, 0, 1, 2, 3, 4]),
@@ -142,22 +149,40 @@ def test_duplicate_repeats_the_blocks_that_the_site_chooses() -> None:
     assert indices(wish.build([Block(2, 4)])) == [0, 1, 2, 3, 2, 3, 2, 3, 4, 5]
 
 
-def test_replace_is_priced_as_the_removal_that_the_map_makes_up_for() -> None:
-    site = Site(Block(1, 4))
-    stack = make("replace", layers=3, **{"with": "linear"}).apply(whole(6), site)
-    assert stack[1] == LayerRef(model="m", index=1, span=3, fitted="linear")
+HEALING = [("prune", {"heal": "fold"}, "remove"), ("replace", {"with": "linear"}, "replace")]
+
+
+@pytest.mark.parametrize(("name", "fields", "verb"), HEALING)
+def test_what_is_to_be_healed_is_chosen_as_a_removal_behind_the_first_layer(name: str, fields: dict[str, Any], verb: str) -> None:
+    site = Site(Block(1, 2), Block(3, 5))
+    stack = make(name, layers=3, strategy="blocks", protect=-1, **fields).apply(whole(6), site)
+    assert indices(stack) == [0, 2, 5]
     (wish,) = site.asked
-    assert (wish.verb, wish.budget) == ("replace", {"layers": 3})
+    assert (wish.verb, wish.budget, wish.protect, wish.heals) == (verb, {"layers": 3}, {0, 5}, True)
     assert indices(wish.build([Block(1, 4)])) == [0, 4, 5]
+    assert site.healed == [((Block(1, 2), Block(3, 5)), 0.01)]
 
 
-def test_a_map_leads_from_the_first_state_of_a_block_to_its_last() -> None:
-    cut = make("prune", at="2-3").apply(whole(7), Site())  # 0 1 4 5 6
-    stack = make("replace", at=["1-2"], **{"with": "linear"}).apply(cut, Site())
-    assert [(layer.index, layer.span, layer.fitted) for layer in stack] == [(0, 1, None), (1, 4, "linear"), (5, 1, None), (6, 1, None)]
-    doubled = make("duplicate", at="1-2").apply(whole(4), Site())  # 0 1 2 1 2 3
-    stack = make("replace", at="1-4", **{"with": "linear"}).apply(doubled, Site())
-    assert [(layer.index, layer.span) for layer in stack] == [(0, 1), (1, 2), (3, 1)]
+@pytest.mark.parametrize(("name", "fields", "verb"), HEALING)
+def test_layers_that_are_named_are_healed_with_the_ridge_that_is_given(name: str, fields: dict[str, Any], verb: str) -> None:
+    site = Site()
+    assert indices(make(name, at=["2-3", 5], ridge=0.5, **fields).apply(whole(6), site)) == [0, 1, 4]
+    assert site.healed == [((Block(2, 4), Block(5, 6)), 0.5)]
+    assert make(name, layers=1, **fields).runs and make(name, at=1, **fields).runs
+
+
+def test_nothing_is_healed_where_nothing_is_asked_or_removed() -> None:
+    site = Site()
+    assert indices(make("prune", at=1).apply(whole(3), site)) == [0, 2]
+    assert indices(make("prune", size="1GB", heal="fold").apply(whole(3), site)) == [0, 1, 2]
+    assert site.healed == [] and not make("prune", at=1).runs
+
+
+@pytest.mark.parametrize(("name", "fields", "verb"), HEALING)
+def test_before_the_first_layer_there_is_nothing_to_fold_into(name: str, fields: dict[str, Any], verb: str) -> None:
+    message = "at: no layer stands before layer 0 that a map could be folded into; prune it without a map"
+    assert refusal(lambda: make(name, at=["0-1", 4], **fields).apply(whole(6), Site())) == message
+    assert refusal(lambda: make(name, at="0-5", **fields).apply(whole(6), Site())) == "at: removes all 6 layers"
 
 
 def shares(*parts: tuple[int, float]) -> tuple[Share, ...]:
@@ -280,18 +305,10 @@ def test_operations_that_cannot_be(operation: Operation, message: str) -> None:
 
 
 def test_what_has_arithmetic_is_not_averaged() -> None:
-    for change in (make("scale", at=1, tensors="*", by=2), make("merge", at=[1, 2]), make("replace", at=1, **LINEAR)):
+    for change in (make("scale", at=1, tensors="*", by=2), make("merge", at=[1, 2])):
         stack = change.apply(whole(6), Site())
         message = "at: layer 1 is not as its model has it: average before other arithmetic"
         assert refusal(lambda stack=stack: make("merge", at=[0, 1]).apply(stack, Site())) == message
-
-
-def test_a_map_stands_in_only_for_layers_that_lead_on() -> None:
-    message = "layers 1 to 2 do not lead on in one model: no map can stand in for them"
-    turned = make("reorder", to=[0, 3, 2, 1]).apply(whole(4), Site())
-    assert refusal(lambda: make("replace", at="1-2", **LINEAR).apply((*turned[:2], *turned[3:], turned[2]), Site())) == f"at: {message}"
-    two = (LayerRef(model="a", index=0), LayerRef(model="a", index=1), LayerRef(model="b", index=2))
-    assert refusal(lambda: make("replace", layers=2, **LINEAR).apply(two, Site(Block(1, 3)))) == f"layers: {message}"
 
 
 EITHER = "takes either one of layers, params, size, max_distance, max_loss_increase (how many) or 'at' (which)"
@@ -314,6 +331,8 @@ EITHER = "takes either one of layers, params, size, max_distance, max_loss_incre
         ("replace", LINEAR, "takes either 'layers' (how many) or 'at' (which)"),
         ("prune", {"at": 2, "strategy": "rank"}, "with 'at' nothing is chosen: strategy, metric and protect go with a budget"),
         ("duplicate", {"at": 2, "metric": "cosine"}, "with 'at' nothing is chosen: strategy, metric and protect go with a budget"),
+        ("prune", {"at": 2, "ridge": 0.1}, "'ridge' goes with heal: fold"),
+        ("prune", {"at": 2, "heal": "fold", "ridge": 0}, "Input should be greater than 0"),
         ("expand", {}, "takes either 'every' or 'at'"),
         ("expand", {"every": 2, "at": 1}, "takes either 'every' or 'at'"),
     ],
@@ -458,7 +477,6 @@ def test_the_right_layer_in_the_right_place(steps: list[dict[str, Any]], expecte
     assert written(plan, model) == expected
     assert json.loads(plan.actions.config)["num_hidden_layers"] == len(expected)
     assert Plan.from_json(plan.to_json()) == plan
-    assert plan.actions.pending == ()
 
 
 def test_layers_that_add_nothing_make_no_seam(model: Checkpoint) -> None:
@@ -466,15 +484,6 @@ def test_layers_that_add_nothing_make_no_seam(model: Checkpoint) -> None:
     zero = plan_of(model, {"zero": {"at": 3, "tensors": "*"}})
     assert zero.seams[0].from_boundary, zero.seams[0].to_boundary == (3, 4)  # what it added is missing now
     assert zero.actions.layers[3].identity
-
-
-def test_a_replaced_block_is_planned_and_waits_for_its_map(model: Checkpoint) -> None:
-    plan = plan_of(model, {"replace": {"at": "2-4", "with": "linear"}})
-    assert plan.actions.pending == ("layers 2 to 4 of m replaced by a fitted linear map",)
-    assert plan.actions.layers[2] == LayerRef(model="m", index=2, span=3, fitted="linear")
-    assert written(plan, model) == both(0, 1, (), 5, 6, 7)
-    assert [left.what for left in plan.left_out] == ["layers 2 to 4 (6 tensors, model.layers.*)"]
-    assert plan.seams == ()
 
 
 def test_averages_of_unlike_layers_are_refused(tmp_path: Path) -> None:

@@ -51,11 +51,11 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("declarations", "hubfaults", "smallfile"),
     ("calibration", "conversations", "conversions", "copying", "header", "mixing", "stack", "tokens", "yamltext"),
-    ("companions", "metric", "rows"),
+    ("companions", "fits", "metric", "rows"),
     ("documents", "mirror", "samplewise", "tokenwise"),
     ("hubreader", "metrics", "sampling"),
     ("checkpoint", "dialect", "faults", "plan", "routes", "scalings", "selectors", "stated", "strategies", "trials"),
-    ("accounts", "anatomy", "chats", "searches"),
+    ("accounts", "anatomy", "chats", "healing", "searches"),
     (
         "architecture", "blockscores", "gguf", "measurements", "memory", "mergekit", "naming", "operations", "pickled", "rules",
         "seams", "settling", "shards", "spill", "upload",
@@ -68,13 +68,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("choices",),
     ("planner",),
     ("loading",),
-    ("draw", "encoding", "runner", "staged", "sums"),
+    ("draw", "encoding", "folding", "runner", "staged", "sums", "targets"),
     ("reading", "skeleton"),
     ("accumulators", "arguments", "players"),
     ("resident",),
     ("relay", "streaming"),
     ("ranks", "schedules"),
-    ("engine", "perplexity"),
+    ("engine", "fitting", "perplexity"),
     ("losses",),
     ("gathering",),
     ("arithmetic", "report", "staging"),
@@ -91,8 +91,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 # Modules that import torch when they are imported; the others reach for them inside functions.
 MEASURING = (
-    "accumulators", "arguments", "draw", "encoding", "engine", "loading", "losses", "perplexity", "players", "reading", "relay",
-    "resident", "runner", "schedules", "skeleton", "spill", "staged", "standins", "streaming", "sums", "weights",
+    "accumulators", "arguments", "draw", "encoding", "engine", "fitting", "folding", "loading", "losses", "perplexity", "players",
+    "reading", "relay", "resident", "runner", "schedules", "skeleton", "spill", "staged", "standins", "streaming", "sums", "targets",
+    "weights",
 )  # fmt: skip
 # Tests of the whole, which have no module of their own.
 OF_THE_WHOLE = (

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from layercut.stack import Block, Boundary, Joint, LayerRef, Run, Scaling, Share, Stack, blocks_of, joints, models_of, runs
+from layercut.stack import Block, Boundary, Fold, Joint, LayerRef, Run, Scaling, Share, Stack, blocks_of, joints, models_of, runs
 
 DEPTHS = {"a": 6, "b": 4}
 
@@ -90,12 +90,19 @@ def test_silent_layers_at_the_ends_still_give_embeddings_and_head() -> None:
     assert list(joints((), DEPTHS)) == []
 
 
-def test_a_fitted_map_stands_for_its_span() -> None:
+def test_a_layer_with_a_map_stands_alone_and_keeps_its_seam() -> None:
     whole = stack("a0", "a1", "a2", "a3", "a4", "a5")
-    fitted = LayerRef(model="a", index=1, span=3, fitted="linear")
-    assert list(joints((whole[0], fitted, *whole[4:]), DEPTHS)) == []
-    assert runs((whole[0], fitted, *whole[4:])) == (Run("a", 0, 1), Run("a", 1, 4), Run("a", 4, 6))
-    assert not fitted.plain
+    fold = Fold(sha256="0" * 64, size=4, module="mlp.down_proj", tokens=1, ridge=0.01, explained=1)
+    folded = whole[1].model_copy(update={"folds": (fold,)})
+    assert list(joints((whole[0], folded, *whole[4:]), DEPTHS)) == [Joint(2, Boundary("a", 2), Boundary("a", 4))]
+    assert runs((whole[0], folded, *whole[2:])) == (Run("a", 0, 1), Run("a", 1, 2), Run("a", 2, 6))
+    assert not folded.plain and folded != whole[1]
+
+
+@pytest.mark.parametrize("wrong", [{"sha256": "0" * 63}, {"sha256": "G" * 64}, {"sha256": "0" * 64 + "\n"}, {"size": 0}, {"size": 1 << 20}])
+def test_a_fold_names_its_file_by_its_digest(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        Fold.model_validate({"sha256": "0" * 64, "size": 4, "module": "m", "tokens": 1, "ridge": 1, "explained": 1, **wrong})
 
 
 def test_the_models_of_a_layer() -> None:

@@ -17,7 +17,7 @@ from layercut.architecture import Member, find_stack
 from layercut.checkpoint import open_checkpoint
 from layercut.errors import RefusedError
 from layercut.plan import Edit
-from layercut.stack import LayerRef
+from layercut.stack import LayerRef, Share
 from layercut.surgery import INEXACT, Dependent, Surgery, dependents, operate
 
 
@@ -536,12 +536,12 @@ def test_a_stack_of_two_models_gathers_what_each_says_of_its_layers(tmp_path: Pa
 
 
 def test_layers_with_arithmetic_follow_their_source(tmp_path: Path) -> None:
-    """A copy that adds nothing, an average and a map are layers of the config as any other."""
+    """A copy that adds nothing, and an average are layers of the config as any other."""
     source = member(tmp_path / "m", {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"]}, 3)
     order = [
         LayerRef(model="m", index=0),
         LayerRef(model="m", index=0, identity=True),
-        LayerRef(model="m", index=1, span=2, fitted="linear"),
+        LayerRef(model="m", index=1, span=2, shares=(Share(model="m", index=1, weight=0.5), Share(model="m", index=2, weight=0.5))),
     ]
     done = operate(source.checkpoint.config_text, "m", {"m": source}, order)
     assert json.loads(done.text) == {"num_hidden_layers": 3, "layer_types": ["a", "a", "b"]}

@@ -394,11 +394,6 @@ def test_computed_tensors_are_computed_again(name, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == (False, f"{made[-1]!r} is not what its sources give: they differ from byte 5 on")
 
 
-def test_a_fitted_map_is_not_checked(output):
-    rewrite(output, lambda data: data["layers"][1].update(fitted="linear"))
-    assert contents(output) == (True, "not checked: the output holds a map that was fitted, which no source holds")
-
-
 def test_a_recipe_of_another_dtype(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path / "m", {f"model.layers.{n}.w": ("F32", (2,), bytes(8)) for n in range(3)}, {"num_hidden_layers": 3})

@@ -14,7 +14,7 @@ from layercut import writer
 from layercut.arithmetic import made_pieces
 from layercut.copying import Range, SourceFiles
 from layercut.header import ITEM_BITS
-from layercut.plan import Band, Gather, Grown, Part, Strip, TensorCopy, TensorMade
+from layercut.plan import Band, Gather, Grown, Map, Part, Strip, TensorCopy, TensorMade
 from layercut.writer import MARK, PAUSE, Piece, pieces, steps_of
 
 A, B = Path("a"), Path("b")
@@ -148,3 +148,15 @@ def test_pieces_cover_the_rest_of_the_file_once(steps, start, mark, resume):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(writer, "MARK", mark)
             assert list(pieces(steps, start, end)) == [piece for piece in whole if piece.offset >= end]
+
+
+def test_a_tensor_that_maps_go_into_is_not_cut():
+    """Each of its bytes depends on all of it: a run that stopped within it writes it again from its start."""
+    folded = made(1 << 20).model_copy(update={"maps": (Map(sha256="0" * 64, size=2, columns=False),)})
+    steps = [Range(A, 0, MARK - 8), folded, Range(B, 0, 4)]
+    end = MARK - 8 + folded.nbytes
+    whole = Piece(folded, MARK - 8, end)
+    assert list(pieces(steps, 0, 0)) == [Piece(steps[0], 0, MARK - 8), whole, Piece(steps[2], end, end + 4)]
+    assert list(pieces(steps, 0, MARK)) == [whole, Piece(steps[2], end, end + 4)]
+    assert list(pieces(steps, 0, end)) == [Piece(steps[2], end, end + 4)]
+    assert next(pieces(steps, 0, end - 1)) == whole
