@@ -234,9 +234,7 @@ class Replace(Chosen):
     ridge: Ridge = RIDGE
     """How strongly the map is held to the plain cut, in units of the mean square of what the layer adds."""
 
-    examples: ClassVar[tuple[str, ...]] = (
-        "- replace: {layers: 4, with: linear}        # four layers, and what is linear in them put back",
-    )
+    examples: ClassVar[tuple[str, ...]] = ("- replace: {layers: 4, with: linear}        # a fitted map for four layers",)
 
     @property
     def runs(self) -> bool:
