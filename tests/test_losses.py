@@ -487,8 +487,10 @@ def test_ranks_share_the_samples_and_agree(
 def test_what_fails_on_one_rank_fails_on_all(
     tiny: Tiny,
     group: Callable[..., Group],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Choices that go on without losses must do so on every rank, and none may wait for another."""
+    one_at_a_time(monkeypatch)
     made = group(3, patience=60.0)
     made.alive(0, 1, 2)
 
