@@ -75,6 +75,8 @@ class Row(NamedTuple):
     size: str
     tool: str
     median: Run
+    walls: tuple[float, float]
+    """The quickest and the slowest run, in seconds."""
     written: int
     """Bytes of the output's weights."""
 
@@ -126,22 +128,25 @@ def compare(size: str, model: Model, folder: Path, mergekit: Path, rounds: int) 
                 if number:
                     runs[tool].append(run)
         for tool, found in runs.items():
-            yield Row(size, tool, Run(*(statistics.median(values) for values in zip(*found, strict=True))), written)
+            walls = [run.wall for run in found]
+            median = Run(*(statistics.median(values) for values in zip(*found, strict=True)))
+            yield Row(size, tool, median, (min(walls), max(walls)), written)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def table(rows: Sequence[Row]) -> str:
     """Medians, and the ratios that count: times of layercut over those of the tool, on the same checkpoint."""
-    lines = ["| checkpoint | tool | wall s | CPU s | peak RSS MB | wall of layercut / its | of layercut --no-fsync / its |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|"]
+    lines = ["| checkpoint | tool | wall s | from - to | CPU s | peak RSS MB | wall of layercut / its | of layercut --no-fsync / its |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
     walls = {(row.size, row.tool): row.median.wall for row in rows}
     for row in rows:
         run = row.median
         ratios = [f"{walls[row.size, tool] / run.wall:.2f}" for tool in ("layercut", "layercut --no-fsync")]
         what = f"{row.size} GB, {row.written / 1e9:.2f} GB written"
         memory = "" if row.tool.startswith("cp") else f"{run.rss:.0f}"
-        times = " | ".join((f"{run.wall:.2f}", f"{run.cpu:.2f}", memory, *ratios))
+        spread = f"{row.walls[0]:.2f} - {row.walls[1]:.2f}"
+        times = " | ".join((f"{run.wall:.2f}", spread, f"{run.cpu:.2f}", memory, *ratios))
         lines.append(f"| {what} | {row.tool} | {times} |")
     return "\n".join(lines)
 
@@ -194,7 +199,8 @@ def document(rows: Sequence[Row], shared: str, where: str, rounds: int) -> str:
 A cut of {kept} of synthetic Llama checkpoints in bfloat16. Medians of {rounds} runs of whole processes, start included, in turn, with
 warm caches, in another order each time; before each the last output was removed and everything written. `cp` copies the weights of
 layercut's result. layercut has its output on the disk before it gives it its name, as `cp, then sync` has; plain `cp`, mergekit and
-`layercut --no-fsync` leave it in memory. How long these take hangs on how fast the machine finds free memory: direct writes need none.
+`layercut --no-fsync` leave it in memory. How long these take hangs on how fast the machine finds free memory: where there is plenty, they
+beat every disk, and where there is not, they take several times as long. Direct writes need none.
 
 {date.today().isoformat()}; {where}. The last columns are what to compare: below 1, layercut takes less.
 
