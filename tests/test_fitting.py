@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-import zoo
 from conftest import byte_tokenizer, tiny_config
 from test_losses import layers, meter, one_at_a_time, removed
 from test_ranks import Group, group  # noqa: F401 - a fixture
@@ -225,20 +224,6 @@ def test_ranks_share_the_samples_and_the_map(
 
 
 # What is refused
-
-
-@pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp("odd") / kind
-            zoo.tiny_model(kind, "causal").save_pretrained(made[kind])
-            byte_tokenizer().save_pretrained(made[kind])
-        return made[kind]
-
-    return make
 
 
 REFUSED = {

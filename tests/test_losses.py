@@ -51,21 +51,6 @@ DOCUMENTS = [
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Tiny models of the families that are not in conftest, saved once."""
-    made: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp("odd") / kind
-            zoo.tiny_model(kind, "causal").save_pretrained(made[kind])
-            byte_tokenizer().save_pretrained(made[kind])
-        return made[kind]
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "t.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS), encoding="utf-8")
