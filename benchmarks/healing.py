@@ -10,7 +10,6 @@ healed cut loses more than the plain one on the text that maps are taken on.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # the files beside this one, and l
 
 import torch  # noqa: E402
 from engine import smollm2  # noqa: E402
-from strategies import METRIC, Bench, named  # noqa: E402 - first: it keeps torch to one thread
+from strategies import METRIC, Bench, named, parser_of  # noqa: E402 - first: it keeps torch to one thread
 
 from layercut.healing import RIDGE, Healed, heal  # noqa: E402
 from layercut.searches import ALL, find  # noqa: E402
@@ -95,15 +94,8 @@ def page(base: Loss, found: dict[int, list[Outcome]], ridges: dict[float, Outcom
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a checkpoint folder; SmolLM2-135M-Instruct if not given")
-    parser.add_argument("--counts", type=int, nargs="+", default=[3, 6, 9])
-    parser.add_argument("--samples", type=int, default=24)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--judged", type=int, default=24)
+    parser = parser_of(__doc__, samples=24, length=256, judged=24)
     parser.add_argument("--ridges", type=float, nargs="*", default=[1e-6, 1e-3, 0.1, 1.0], help="tried on the block of the second count")
-    parser.add_argument("--build", type=Path, default=HERE.parent / "build" / "engine", help="folder for the model")
-    parser.add_argument("--report", type=Path, help="Markdown file to write")
     arguments = parser.parse_args(given)
     torch.set_num_threads(1)
     began = time.process_time()

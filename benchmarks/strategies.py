@@ -138,16 +138,21 @@ def page(base: Loss, found: dict[int, list[Outcome]], samples: int, length: int,
     return "\n".join(lines) + "\n"
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(about: str | None, samples: int, length: int, judged: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that chooses on `samples` texts of `length` tokens and judges on `judged` others, with these defaults."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a checkpoint folder; SmolLM2-135M-Instruct if not given")
     parser.add_argument("--counts", type=int, nargs="+", default=[3, 6, 9])
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--judged", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=samples)
+    parser.add_argument("--length", type=int, default=length)
+    parser.add_argument("--judged", type=int, default=judged)
     parser.add_argument("--build", type=Path, default=HERE.parent / "build" / "engine", help="folder for the model")
     parser.add_argument("--report", type=Path, help="Markdown file to write")
-    arguments = parser.parse_args(given)
+    return parser
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    arguments = parser_of(__doc__, samples=8, length=64, judged=32).parse_args(given)
     torch.set_num_threads(1)
     began = time.process_time()
     bench = Bench(arguments.model or smollm2(arguments.build), arguments.samples, arguments.length, arguments.judged)
