@@ -176,9 +176,16 @@ class Ranks:
         end = time.monotonic() + limit
         while time.monotonic() < end:
             try:
-                if self._store.check([key]):
-                    return bytes(self._store.get(key))
-                self._look(heeding)
+                found = self._peek(key)
+                if found is None:
+                    try:
+                        self._look(heeding)
+                    except DoneError:
+                        found = self._peek(key)  # set, and the end after it, since the peek above
+                        if found is None:
+                            raise
+                if found is not None:
+                    return found
             except LayercutError:
                 raise
             except Exception:  # a connection that broke: what the store runs in is gone

@@ -172,6 +172,29 @@ def test_a_main_rank_that_needs_nobody_lets_the_others_go(group: Callable[..., G
     assert made.all(work) == ["left", "left"]
 
 
+def test_what_the_main_rank_hands_out_last_is_not_missed(group: Callable[..., Group], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sets a text and is done between two looks of another rank: first at the text, then at whether there is an end."""
+    made = group(2)
+    made.alive(0, 1)
+    main, other = made.ranks
+
+    class Slow:
+        """Between the look at a text that is not there and whatever is asked next, the main rank does all it has to."""
+
+        def check(self, keys: list[str]) -> bool:
+            there = bool(made.store.check(keys))
+            if keys == ["plan/1"] and not there:
+                main.hand_out("plan", "text")
+                made.store.set("done", "")
+            return there
+
+        def get(self, key: str) -> bytes:
+            return bytes(made.store.get(key))
+
+    monkeypatch.setattr(other, "_store", Slow())
+    assert other.hand_out("plan") == "text"
+
+
 # Failure
 
 
