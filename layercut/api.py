@@ -42,7 +42,13 @@ PLAN = re.compile(rb'(?<!\\)"format"\s*:\s*"layercut-plan/')
 
 RECIPES = (".yaml", ".yml", ".json")
 """Suffixes of the files that hold recipes; everything else names a model."""
-SURVEY = (Angular(), Angular(token="all"), Cosine(), RelativeMagnitude(), Euclidean())
+SURVEY = (
+    Angular.model_construct(),
+    Angular.model_construct(token="all"),
+    Cosine.model_construct(),
+    RelativeMagnitude.model_construct(),
+    Euclidean.model_construct(),
+)
 """What is measured of a model when nothing else is asked for: one pass gives all of them."""
 
 

@@ -51,4 +51,5 @@ class Architecture(Record):
         return any(tensor == name or tensor.startswith(name if name.endswith(".") else f"{name}.") for name in self.ignore)
 
 
-NOTHING = Architecture()
+# What these modules hold ready is not validated: building a validator takes longer than the import.
+NOTHING = Architecture.model_construct()

@@ -203,7 +203,7 @@ class Recipe(Record):
     """Layers that the slices must have in all; needed when a boundary is `auto`."""
     steps: tuple[Step, ...] = ()  # type: ignore[valid-type]
     """Operations on the stack, in order; each sees the stack as the earlier ones left it."""
-    calibration: Calibration = BuiltinCalibration()
+    calibration: Calibration = BuiltinCalibration.model_construct()
     """Text on which distances are measured when something is `auto`."""
     metric: MetricSpec | None = None
     """The metric that choices by distance go by, when there is only one."""
