@@ -20,6 +20,9 @@ class Record(BaseModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         # pydantic's own way reads the source of every class at import; this reads it only when a schema is asked for.
+        for field in cls.model_fields.values():
+            if isinstance(field.default, Record):
+                type(field.default).model_rebuild()  # to be written into the schema; pydantic before 2.13 does not do that itself
         schema = handler(core_schema)
         properties = handler.resolve_ref_schema(schema).get("properties", {})
         docs = field_docs(cls)
