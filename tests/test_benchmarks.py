@@ -514,6 +514,16 @@ def test_real_models_are_compared_with_their_layers_skipped(tiny: Callable[..., 
     assert not (tmp_path / "build" / "cut").exists()
 
 
+def test_a_real_encoder_without_a_head_is_compared_by_its_hidden_states(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 64}
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    rows = list(real_models.compare(str(tmp_path / "bert"), tmp_path / "build"))
+    assert [row.cut for row in rows] == ["layer 0", "layer 1", "layer 3", "layer 4", "layer 5", "layers 2 to 5"]
+    assert all(row.difference < 1e-5 and row.problems == 0 and row.kinds == "" for row in rows)
+
+
 def test_strategies_are_compared(tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["--model", str(tiny("llama")), "--counts", "1", "2", "--samples", "3", "--length", "24", "--judged", "5"]
     assert choosing.main([*wanted, "--report", str(tmp_path / "p.md")]) == 0
