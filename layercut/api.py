@@ -265,7 +265,7 @@ def _unpublished(recipe: Recipe | Plan, folder: Path, overwrite: bool) -> Report
 
     One that was published is written anew when it may be overwritten: its sources may be others by now.
     """
-    if not (folder / REPORT).is_file():
+    if not os.path.isfile(folder / REPORT):  # noqa: PTH113 - Path.is_file raises where it may not look
         return None
     try:
         report = read_report(folder)

@@ -83,7 +83,7 @@ def published(place: Place, identity: Identity | None = None) -> bool:
     last, report = found.entries.get(REPORT), place.target / REPORT
     if last is None or last.digest is None or os.path.lexists(place.content) or identity not in (None, found.identity):
         return False
-    return report.is_file() and file_digest(report).sha256 == last.digest
+    return os.access(report, os.R_OK) and report.is_file() and file_digest(report).sha256 == last.digest
 
 
 class _Clock(NamedTuple):

@@ -26,6 +26,8 @@ ROOTS = ("quantization_config", "compression_config", "quantization")
 SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files beside config.json that say it again, for other readers."""
 
+# Where transformers lets a pattern of its own end: "mlp.gate" does not mean "mlp.gate_proj".
+BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
 # A repeated group that repeats inside: it may take for ever to find that nothing matches.
 ENDLESS = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
 
@@ -108,7 +110,7 @@ class _Follower:
     def _follow_pattern(self, pattern: str, where: str) -> list[str]:
         """The pattern as it is when it means the same layers in the new stack, else the exact names that it matched."""
         own = self.naming[self.donor]
-        matches = _matcher(pattern)
+        matches = _matcher(pattern, where)
         if matches is None:
             raise RefusedError(
                 f"{where} holds {quoted(pattern)}, which is no regex that can be tried", hint="replace it by the names that it means"
@@ -256,7 +258,7 @@ def _renamed(name: str, spot: Spot, at: int) -> str:
     return f"{name[: spot.start]}{at // spot.stride}{name[spot.stop :]}"
 
 
-def _matcher(pattern: str) -> Callable[[str], bool] | None:
+def _matcher(pattern: str, where: str) -> Callable[[str], bool] | None:
     """Whether a name is meant by a pattern, as the readers of such patterns decide it; None for a regex that is none, or has no end."""
     regex = is_regex(pattern)
     if not regex and ".*" not in pattern:
@@ -264,6 +266,8 @@ def _matcher(pattern: str) -> Callable[[str], bool] | None:
     bare = pattern[3 if pattern.startswith("re:") else 2 :] if pattern.startswith(MARKERS) else pattern
     if len(bare) > 1000 or ENDLESS.search(bare):
         return None
+    if bare == pattern and not where.endswith(".dynamic"):
+        bare = f"(?:{bare}){BOUNDARY}"
     try:
         compiled = re.compile(bare)
     except (re.error, RecursionError, OverflowError):

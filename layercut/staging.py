@@ -89,9 +89,13 @@ def check_vacant(place: Place, overwrite: bool) -> None:
     """Nothing may stand at the output but an empty folder, or with `overwrite` any folder."""
     if not os.path.lexists(place.target):
         return
-    if not place.target.is_dir():
-        raise OutputError(f"{place.shown} is a file", hint="choose another folder")
-    if not overwrite and any(place.target.iterdir()):
+    try:
+        if not place.target.is_dir():
+            raise OutputError(f"{place.shown} is a file", hint="choose another folder")
+        holds = any(place.target.iterdir())
+    except OSError as error:
+        raise OutputError(f"{place.shown} cannot be looked into: {error.strerror}", hint="choose another folder") from error
+    if holds and not overwrite:
         raise OutputError(f"{place.shown}/ is not empty", hint="choose another folder or pass --overwrite")
 
 
@@ -140,9 +144,11 @@ def staged(place: Place) -> Iterator[None]:
         try:
             yield
         finally:
-            if not resumable(place):
-                _remove(place)
-            os.close(lock)
+            try:
+                if not resumable(place):
+                    _remove(place)
+            finally:
+                os.close(lock)
     except BaseException:
         with suppress(OSError):
             for folder in reversed(made):
@@ -192,9 +198,14 @@ def _take_lock(place: Place) -> int:
                     break
                 raise
         # The run that held the lock may have finished and removed the file after it was opened here.
-        with suppress(FileNotFoundError):
+        try:
             if os.path.samestat(os.fstat(lock), os.lstat(place.lock)):
                 return lock
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(lock)
+            raise
         os.close(lock)
     raise OutputError(f"another layercut is writing {place.shown}", hint="wait for it or choose another folder")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from layercut.checkpoint import open_checkpoint
 from layercut.errors import CheckpointError
-from layercut.gguf import convert
+from layercut.gguf import Metadata, convert
 from layercut.source import resolve
 
 HIDDEN, INNER, LAYERS, HEADS = 32, 48, 2, 4
@@ -195,6 +196,67 @@ def test_truncated(tmp_path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     text = refusal(path, tmp_path / "cache")
     assert text.startswith("damaged GGUF file: ") and text.endswith("; download it again")
+
+
+def metadata(*values: bytes, count: int | None = None, order: str = "<") -> bytes:
+    """A GGUF file of nothing but metadata; each value begins with the number of its type."""
+    named = (struct.pack(order + "Q", 1) + name.to_bytes(1, "big") + value for name, value in enumerate(values, ord("a")))
+    return b"GGUF" + struct.pack(order + "IQQ", 3, 0, len(values) if count is None else count) + b"".join(named)
+
+
+def value(kind: int, form: str = "", *numbers: int, order: str = "<") -> bytes:
+    return struct.pack(order + "I" + form, kind, *numbers)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (metadata(value(9, "IQ", 4, 1_000_000)), "metadata goes on behind its end"),
+        (metadata(value(9, "IQ", 4, 1_000_000, order=">"), order=">"), "metadata goes on behind its end"),
+        (metadata(value(9, "IQ", 8, 1_000_000) + bytes(80)), "metadata goes on behind its end"),
+        (metadata(value(8, "Q", 2**63)), "metadata goes on behind its end"),
+        (metadata(value(10)), "metadata goes on behind its end"),
+        (metadata(count=2**63), "metadata goes on behind its end"),
+        (metadata(value(13)), "it holds a value of the unknown type 13"),
+        (metadata(value(9, "IQ" * 5 + "I", *(9, 1) * 5, 0)), "arrays are nested too deeply"),
+    ],
+)
+def test_metadata_without_end(tmp_path: Path, data: bytes, message: str) -> None:
+    """The reader would take what lies behind the end for empty values, and go on."""
+    path = tmp_path / "x.gguf"
+    path.write_bytes(data)
+    assert refusal(path, tmp_path / "cache") == f"damaged GGUF file: {message}; download it again"
+
+
+@pytest.mark.parametrize("kinds", [(4, 2**40), (8, 2**40), (0, 1_500_000)])
+def test_metadata_that_is_too_much(tmp_path: Path, kinds: tuple[int, int]) -> None:
+    path = tmp_path / "x.gguf"
+    array = value(9, "IQ", *kinds) + (bytes(kinds[1]) if kinds[1] < 2**40 else b"")
+    path.write_bytes(metadata(array, array))
+    assert refusal(path, tmp_path / "cache") == "metadata of more than 2000000 values; use the safetensors version of the model"
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_metadata_of_every_type_is_measured(tmp_path: Path, order: str) -> None:
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+    plain = [value(kind, order=order) + bytes(size) for kind, size in sizes.items()]
+    text = struct.pack(order + "Q", 3) + b"abc"
+    arrays = [value(9, "IQ", kind, 2, order=order) + bytes(2 * size) for kind, size in sizes.items()]
+    nested = value(9, "IQ", 9, 1, order=order) + struct.pack(order + "IQ", 8, 2) + text * 2
+    path = tmp_path / "x.gguf"
+    data = metadata(*plain, value(8, order=order) + text, *arrays, nested, order=order)
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        Metadata(file, path).check()
+        assert file.tell() == len(data)
+
+
+def test_more_layers_than_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "LAYERS", 10**9)
+    path = tmp_path / "x.gguf"
+    write_gguf(path, {"token_embd.weight": np.zeros((4, HIDDEN), np.float32)})
+    expected = "damaged GGUF file: 1000000000 layers in 1 tensors; download it again"
+    assert refusal(path, tmp_path / "cache") == expected
 
 
 def test_split(tmp_path: Path) -> None:

@@ -281,6 +281,11 @@ TWICE_1 = order_of(0, 1, 1, range(2, 12))  # 13 layers
         (["re:model.layers.1.*"], order_of(0, 2, 10),
          ["model.layers.2.mlp.gate", "model.layers.2.mlp.up_proj", "model.layers.2.self_attn.o_proj"]),
         ([r"re:.*layers\.(?!0\.|11\.).*gate"], order_of(range(11)), [r"re:.*layers\.(?!0\.|11\.).*gate"]),
+        # What transformers reads itself ends where a module does, a compressed-tensors regex anywhere.
+        ([r"model\.layers\.(0|2)\.(mlp\.up|mlp\.gate)"], WITHOUT_1, ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]),
+        ([r"model\.layers\.(0|2)\.mlp"], WITHOUT_1,
+         ["model.layers.0.mlp.gate", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.gate", "model.layers.1.mlp.up_proj"]),
+        ([r"re:model\.layers\.(0|2)\.mlp\.up"], WITHOUT_1, ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]),
         ([r"re:.*layers\.(?!0\.).*gate$"], order_of(1, 0), ["model.layers.0.mlp.gate"]),
         ([r"re:.*\.[0-9]\.mlp\.gate"], order_of(*range(9), 0, 10), [r"re:.*\.[0-9]\.mlp\.gate"]),
     ],

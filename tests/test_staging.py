@@ -87,6 +87,15 @@ def test_taken_places(place, make, overwrite, message):
     assert str(caught.value) in (f"{place.shown}{message}", f"{place.shown} {message}")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_place_that_may_not_be_looked_into(place, monkeypatch, overwrite):
+    place.target.mkdir()
+    monkeypatch.setattr(os, "listdir", refuse(errno.EACCES))
+    with pytest.raises(OutputError) as caught:
+        check_vacant(place, overwrite)
+    assert str(caught.value) == f"{place.shown} cannot be looked into: Permission denied; choose another folder"
+
+
 def test_places_away_from_the_sources(tmp_path):
     folder = write_checkpoint(tmp_path / "models" / "source", byte_tensors(2), {"num_hidden_layers": 2})
     sources = {"m": open_checkpoint(folder)}
@@ -271,6 +280,17 @@ def test_a_lock_that_fails_for_another_reason(place, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Input/output error"), staged(place):
         raise AssertionError("entered")
     assert not place.content.exists()
+
+
+@pytest.mark.parametrize("call", ["lstat", "unlink"])
+def test_no_error_leaves_the_lock_with_this_process(place, tmp_path, monkeypatch, call):
+    """A disk that fails when the lock is looked at, or removed: the same process may try again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse(errno.EIO))
+        with pytest.raises(OSError, match="Input/output error"), staged(place):
+            assert call == "unlink"
+    write(place, "new")
+    assert names(tmp_path) == ["out", "out/file"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])

@@ -198,6 +198,15 @@ def test_a_card_that_is_rewritten(byte_checkpoint, tmp_path):
     assert failed(tmp_path / "out") == {}
 
 
+@pytest.mark.parametrize("become", [Path.unlink, lambda path: (path.unlink(), path.mkdir())])
+def test_a_card_that_is_gone(byte_checkpoint, tmp_path, become):
+    source = byte_checkpoint("source")
+    (source / "README.md").write_text("the model")
+    execute(plan_for({"source": source}, LAYERS), tmp_path / "out", progress=False)
+    become(tmp_path / "out" / "README.md")
+    assert failed(tmp_path / "out") == {"files": "'README.md' of the report is not there"}
+
+
 def test_a_stale_depth(output):
     path = output / "config.json"
     path.write_text(path.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 6'))
