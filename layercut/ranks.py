@@ -32,11 +32,12 @@ PIECE = 8 << 20
 """Bytes that go through the store at a time."""
 POLL = 0.05
 """Seconds between two looks at what is waited for."""
-GRACE = 0.5
-"""Seconds that the others have to see that the main rank failed, before it is gone."""
+GRACE = 5.0
+"""Seconds that others which live have to see that the main rank failed, at most, before it is gone."""
 TERMINATED = 3.0
 """Seconds that a rank which its launcher ends waits for the main rank to say so."""
 FAILED, CLOSED, ALIVE, LEFT, DONE = "failed", "closed", "alive", "left", "done"
+AGAIN = "run all ranks again"
 PLACES = {
     "rank": ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
     "world": ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
@@ -52,6 +53,17 @@ class SilentError(LayercutError):
 
 class DoneError(LayercutError):
     """The main rank finished without what this one waits for: it had no need of the others."""
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """One line when a connection breaks: what the store runs in is gone."""
+    try:
+        yield
+    except LayercutError:
+        raise
+    except Exception:
+        raise LayercutError("the process that all ranks meet at is gone", hint=AGAIN) from None
 
 
 class Seat(NamedTuple):
@@ -90,7 +102,8 @@ class Ranks:
         for item in islice(items, self.seat.rank, None, self.seat.world):
             yield item
             if self.seat.world > 1:
-                self._look()
+                with _reaching():
+                    self._look()
 
     def collect(self, state: Mapping[str, Tensor], counts: Mapping[str, int]) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
         """What every rank has, in their order, on the main rank; nothing on the others. Raises LayercutError when one of them is gone."""
@@ -120,10 +133,17 @@ class Ranks:
             self._store.set(f"{FAILED}/{self.seat.rank}", printable(message))
             if not self.main:
                 self._wait(CLOSED, limit=limit, heeding=False)
+                self.leave()
         except Exception:  # the store may be gone with the rank that held it
             return False
         return True
 
+    def leave(self) -> None:
+        """Say that nothing more is asked of the main rank."""
+        with suppress(Exception):  # it may be gone already
+            self._store.set(f"{LEFT}/{self.seat.rank}", "")
+
+    @_reaching()
     def part(self) -> None:
         """The end of the work: nobody leaves before the main rank is done, and it leaves last."""
         if self.seat.world > 1:
@@ -134,13 +154,19 @@ class Ranks:
             else:
                 with suppress(DoneError):
                     self._wait(DONE)
-                self._store.set(f"{LEFT}/{self.seat.rank}", "")
+                self.leave()
 
     def close(self) -> None:
-        """The main rank has failed, and has taken note of what others said; they have a moment to see that."""
+        """The main rank has failed, and has taken note of what others said. It stays until those that live have seen that."""
         with suppress(Exception):
             self._store.set(CLOSED, "")
-            time.sleep(GRACE)
+            end = time.monotonic() + GRACE
+            while time.monotonic() < end and not all(map(self._gone, range(1, self.seat.world))):
+                time.sleep(POLL)
+
+    def _gone(self, rank: int) -> bool:
+        """Whether another rank has left, or is silent for too long."""
+        return self._peek(f"{LEFT}/{rank}") is not None or self._silence(rank) > self._patience
 
     def beat(self, stop: threading.Event) -> None:
         """Give signs of life until told to stop."""
@@ -157,12 +183,14 @@ class Ranks:
         self._asked[name] = self._asked.get(name, 0) + 1
         return f"{name}/{self._asked[name]}"
 
+    @_reaching()
     def _send(self, key: str, data: bytes) -> None:
         pieces = [data[start : start + PIECE] for start in range(0, len(data), PIECE)] or [b""]
         for at, piece in enumerate(pieces):
             self._store.set(f"{key}/{at}", piece)
         self._store.set(key, str(len(pieces)))
 
+    @_reaching()
     def _receive(self, key: str) -> bytes:
         pieces = int(self._wait(key))
         data = b"".join(self._store.get(f"{key}/{at}") for at in range(pieces))
@@ -175,39 +203,37 @@ class Ranks:
         """The value of a key, once it is there. Raises LayercutError when a rank that could set it failed, or gives no sign of life."""
         end = time.monotonic() + limit
         while time.monotonic() < end:
-            try:
-                found = self._peek(key)
-                if found is None:
-                    try:
-                        self._look(heeding)
-                    except DoneError:
-                        found = self._peek(key)  # set, and the end after it, since the peek above
-                        if found is None:
-                            raise
-                if found is not None:
-                    return found
-            except LayercutError:
-                raise
-            except Exception:  # a connection that broke: what the store runs in is gone
-                raise LayercutError("the process that all ranks meet at is gone", hint="run all ranks again") from None
+            found = self._peek(key)
+            if found is None:
+                try:
+                    self._look(heeding)
+                except DoneError:
+                    found = self._peek(key)  # set, and the end after it, since the peek above
+                    if found is None:
+                        raise
+            if found is not None:
+                return found
             time.sleep(POLL)
         raise TimeoutError(key)
 
     def _look(self, heeding: bool = True) -> None:
         """Raise when another rank has failed or is silent for too long: any on the main rank, the main rank on the others."""
-        now = time.monotonic()
         if not self.main and heeding and self._peek(DONE) is not None:
             raise DoneError("the main rank is done")
         for rank in range(1, self.seat.world) if self.main else (0,):
             failure = self._peek(f"{FAILED}/{rank}") if heeding else None
             if failure is not None:
                 raise LayercutError(f"rank {rank} failed: {failure.decode()}") if self.main else SilentError(failure.decode())
-            beat = self._peek(f"{ALIVE}/{rank}")
-            before, since = self._seen.get(rank, (None, now))
-            self._seen[rank] = (beat, since if beat == before else now)
-            if now - self._seen[rank][1] > self._patience and self._peek(f"{LEFT}/{rank}") is None:
+            if self._silence(rank) > self._patience and self._peek(f"{LEFT}/{rank}") is None:
                 message = f"rank {rank} of {self.seat.world} has given no sign of life for {self._patience:g} seconds"
-                raise LayercutError(message, hint="it was killed or hangs: see its output, and run all ranks again")
+                raise LayercutError(message, hint=f"it was killed or hangs: see its output, and {AGAIN}")
+
+    def _silence(self, rank: int) -> float:
+        """Seconds since another rank was first seen with the sign of life that is its last."""
+        now, beat = time.monotonic(), self._peek(f"{ALIVE}/{rank}")
+        before, since = self._seen.get(rank, (None, now))
+        self._seen[rank] = (beat, since if beat == before else now)
+        return now - self._seen[rank][1]
 
     def _peek(self, key: str) -> bytes | None:
         return bytes(self._store.get(key)) if self._store.check([key]) else None
@@ -238,6 +264,7 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
                 yield ranks
             ranks.part()
     except SilentError:
+        ranks.leave()
         raise
     except BaseException as error:
         reason = _reason(error, ended)

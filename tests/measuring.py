@@ -14,6 +14,7 @@ import sweep
 import torch
 import zoo
 from conftest import byte_tokenizer
+from sweep import REFUSED, WRONG, Examined, Outcome
 
 from layercut import engine, memory, schedules
 from layercut.accumulators import Accumulators
@@ -28,26 +29,11 @@ from layercut.tokens import Sample
 
 TOLERANCE = 2e-4
 """Largest difference of states that fp32 arithmetic explains, in units of the largest state of the boundary."""
-MEASURED, RESIDENT, REFUSED, WRONG = "measured", "measured in memory only", "refused", "wrong"
+MEASURED, RESIDENT = "measured", "measured in memory only"
 METRICS: tuple[Metric, ...] = (Angular(), Cosine(token="all"))
 TEXTS = ("THE1STTEXT:12", "SHORT", "ANOTHER*TEXT*OF*29*CHARACTERS", "8LETTERS")
 FREE = {"resident": 10**12, "streamed": 1000}
 """Free memory in bytes that makes layercut pick a schedule."""
-
-
-class Outcome(NamedTuple):
-    """What became of measuring one stack: the verdict, and for refusals and faults why."""
-
-    stack: str
-    verdict: str
-    why: str = ""
-
-
-class Examined(NamedTuple):
-    """A type that could be run, with an outcome for each of its stacks; or the reason why it could not."""
-
-    outcomes: tuple[Outcome, ...] = ()
-    reason: str = ""
 
 
 class Wrong(Exception):
@@ -225,11 +211,3 @@ def _plain(state: torch.Tensor, width: int) -> torch.Tensor:
     if state.shape[:2] == (width, 1):
         return state[:, 0].float()
     return state[0].reshape(state.shape[1], -1).float()
-
-
-def row(examined: Examined) -> str:
-    """The outcome of a type in words, as docs/measured.md says it."""
-    if examined.reason:
-        return f"not run: {examined.reason}"
-    told = {stack: f"{verdict}: {why.removeprefix(': ')}" if why else verdict for stack, verdict, why in examined.outcomes}
-    return next(iter(told.values())) if len(set(told.values())) == 1 else "; ".join(f"{stack}: {text}" for stack, text in told.items())

@@ -36,16 +36,16 @@ USED = (
 
 
 class Outcome(NamedTuple):
-    """What became of one change of one stack: the verdict, and for refusals and faults why."""
+    """What became of one stack, or of one change of it: the verdict, and for refusals and faults why."""
 
     stack: str
-    change: str
     verdict: str
     why: str = ""
+    change: str = ""
 
 
 class Examined(NamedTuple):
-    """A type that could be run, with an outcome for every change; or the reason why it could not."""
+    """A type that could be run, with its outcomes; or the reason why it could not."""
 
     outcomes: tuple[Outcome, ...] = ()
     reason: str = ""
@@ -113,7 +113,7 @@ def _cuts(source: Source, scratch: Path) -> Iterator[Outcome]:
                 wanted = oracle.logits(source.model)
             steps = [{"prune": {"at": list(layers)}}]
             verdict, why = _judge({"model": str(source.folder), "steps": steps, **_picked(stack)}, source, wanted, scratch, generates)
-            yield Outcome(stack, name, verdict, why)
+            yield Outcome(stack, verdict, why, name)
 
 
 def repeat(source: Source, scratch: Path) -> Iterator[Outcome]:
@@ -123,7 +123,7 @@ def repeat(source: Source, scratch: Path) -> Iterator[Outcome]:
             wanted = oracle.logits(source.model)
         steps = [{"duplicate": {"at": list(BLOCK)}}]
         verdict, why = _judge({"model": str(source.folder), "steps": steps, **_picked(stack)}, source, wanted, scratch)
-        yield Outcome(stack, "repeat", verdict, why)
+        yield Outcome(stack, verdict, why, "repeat")
 
 
 def stack_two(source: Source, other: Source, scratch: Path) -> Iterator[Outcome]:
@@ -135,7 +135,7 @@ def stack_two(source: Source, other: Source, scratch: Path) -> Iterator[Outcome]
         ranges = ((source, 0, last), (other, first, last), (source, last, depth))
         slices = [{"model": str(model.folder), "layer_range": [start, stop]} for model, start, stop in ranges]
         verdict, why = _judge({"slices": slices, **_picked(stack)}, source, wanted, scratch)
-        yield Outcome(stack, "stack", verdict, why)
+        yield Outcome(stack, verdict, why, "stack")
 
 
 def _picked(stack: str) -> dict[str, str]:
@@ -172,7 +172,7 @@ def plain(message: str, folder: Path) -> str:
 
 
 def row(examined: Examined) -> str:
-    """The outcome of a type in words, as docs/architectures.md says it."""
+    """The outcome of a type in words, as the pages in docs/ say it."""
     if examined.reason:
         return f"not run: {examined.reason}"
     stacks = list(dict.fromkeys(outcome.stack for outcome in examined.outcomes))
@@ -186,7 +186,8 @@ def _told(outcomes: Sequence[Outcome]) -> str:
     reasons: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.verdict != EXACT:
-            reasons.setdefault(f"{outcome.verdict}: {outcome.why}", []).append(outcome.change)
+            reason = f"{outcome.verdict}: {outcome.why.removeprefix(': ')}" if outcome.why else outcome.verdict
+            reasons.setdefault(reason, []).append(outcome.change)
     if not reasons:
         return EXACT
     if len(reasons) == 1 and len(next(iter(reasons.values()))) == len(outcomes):

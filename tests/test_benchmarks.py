@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -433,11 +434,12 @@ def test_engine_peer_gives_it_the_same_tokens(tmp_path: Path) -> None:
     fake_peer(tmp_path)
     (tmp_path / "ids.json").write_text("[[5, 6, 7], [8]]", encoding="utf-8")
     command = [sys.executable, str(BENCHMARKS / "engine_peer.py"), "folder", str(tmp_path / "ids.json"), "linear last"]
+    began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True)
     found = json.loads(done.stdout)
     assert found["rows"] == 1
     assert found["first"] == [0.5, 0.25]
-    assert 0 <= found["seconds"] < 10
+    assert 0 <= found["seconds"] < time.monotonic() - began
     given = [{"input_ids": [ids], "attention_mask": [[1] * len(ids)]} for ids in ([5, 6, 7], [8])]
     assert done.stderr.strip().splitlines()[-1] == f"['folder', 'torch.float32', 'linear -1'] 2 {given}"
     assert (

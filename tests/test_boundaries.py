@@ -197,9 +197,9 @@ def test_a_deep_stack_is_searched_in_reasonable_time() -> None:
     mean = [[abs(i - j) / depth for j in range(depth + 1)] for i in range(depth + 1)]
     known = prices({"m": depth}, table("m", "m", mean))
     windows = [Window("m", 0, None), Window("m", None, None), Window("m", None, depth)]
-    began = time.monotonic()
+    began = time.process_time()
     assert choose_boundaries(windows, 64, known) == [(0, 0), (0, 0), (16, 80)]
-    assert time.monotonic() - began < 30
+    assert time.process_time() - began < 30
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import jsonschema
 import pytest
 import yaml
-from conftest import byte_tensors, chat_tokenizer, write_checkpoint
+from conftest import byte_tensors, chat_tokenizer, script, write_checkpoint
 from test_gallery import Losing, measuring
 
 from layercut.checkpoint import open_checkpoint
@@ -61,11 +60,7 @@ ELSEWHERE = ("budget-distance", "budget-parameters", "budget-size", "search-by-l
 
 
 def generator() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("generate")
 
 
 class Block(NamedTuple):

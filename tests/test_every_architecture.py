@@ -6,8 +6,6 @@ number from 1 to 9 another tenth.
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,34 +14,16 @@ import pytest
 import sweep
 import transformers
 import zoo
+from conftest import script
 
 from layercut.api import run_recipe
 from layercut.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "architectures.md"
+PAGES = script("outcomes").PAGES
+PAGE = PAGES["architectures"]
 LEAST = 0.94
 """Share of the causal types that is exact at every place; the others are refused at some."""
 pytestmark = pytest.mark.usefixtures("quietly")
-
-
-def page() -> Any:
-    """docs/architectures.py, which writes the page and reads it."""
-    spec = importlib.util.spec_from_file_location("architectures_page", ROOT / "docs" / "architectures.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def listed() -> dict[str, str]:
-    """The outcome of every `task:type`, as the page says it."""
-    rows: dict[str, str] = page().listed()
-    return rows
-
-
-def of_this_version() -> bool:
-    return f"transformers {transformers.__version__}," in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", sweep.chosen())
@@ -55,8 +35,8 @@ def test_cuts_are_exact_or_refused(name: str, tmp_path: Path) -> None:
     assert not wrong
     assert all(outcome.why for outcome in examined.outcomes if outcome.verdict == sweep.REFUSED)
     assert bool(examined.outcomes) != bool(examined.reason)
-    if of_this_version() and zoo.lacking(kind) is None:  # the page is made with all packages that towers need
-        assert sweep.row(examined) == listed()[name], f"make the page again: {sys.executable} docs/architectures.py {name}"
+    if PAGE.version == transformers.__version__ and zoo.lacking(kind) is None:  # it is made with all packages that towers need
+        assert sweep.row(examined) == PAGE.listed()[name], f"make the page again: {sys.executable} docs/outcomes.py architectures {name}"
 
 
 @pytest.mark.parametrize("name", [name for name in sweep.chosen() if name in sweep.USED])
@@ -70,7 +50,7 @@ def test_repeats_and_stacks_of_two_are_exact_or_refused(name: str, tmp_path: Pat
     outcomes = [*sweep.repeat(source, tmp_path), *sweep.stack_two(source, other, tmp_path)]
     assert {outcome.change for outcome in outcomes} == {"repeat", "stack"}
     assert not [outcome for outcome in outcomes if outcome.verdict == sweep.WRONG]
-    if listed().get(name) == sweep.EXACT and name not in KINDS_IN_ORDER:
+    if PAGE.listed().get(name) == sweep.EXACT and name not in KINDS_IN_ORDER:
         refused = [outcome for outcome in outcomes if outcome.verdict != sweep.EXACT]
         assert not [outcome for outcome in refused if name not in SHARED or outcome.change == "repeat"]
 
@@ -81,25 +61,53 @@ KINDS_IN_ORDER = ("causal:jamba", "causal:deepseek_v3")
 SHARED = ("seq2seq:t5", "masked:albert")
 
 
-def test_the_page_lists_every_type() -> None:
-    if not of_this_version():
+@pytest.mark.parametrize("page", PAGES.values(), ids=list(PAGES))
+def test_pages_list_every_type(page: Any) -> None:
+    if page.version != transformers.__version__:
         pytest.skip("the page is of another version of transformers")
-    assert sorted(listed()) == sorted(f"{task}:{kind}" for kind, task in zoo.pairs())
+    assert sorted(page.listed()) == sorted(f"{task}:{kind}" for kind, task in zoo.pairs())
 
 
-def test_almost_every_causal_type_is_exact_everywhere_and_nothing_is_wrong() -> None:
-    rows = listed()
-    causal = [told for name, told in rows.items() if name.startswith("causal:") and not told.startswith("not run")]
-    assert len(causal) > 180
-    assert sum(told == sweep.EXACT for told in causal) / len(causal) >= LEAST
+@pytest.mark.parametrize("page", PAGES.values(), ids=list(PAGES))
+def test_pages_count_what_they_list_and_nothing_is_wrong(page: Any) -> None:
+    rows = page.listed()
+    assert page.document(rows, page.version) == page.path.read_text(encoding="utf-8")
     assert not [name for name, told in rows.items() if "wrong" in told]
 
 
-def test_the_page_counts_what_it_lists() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    version = re.search(r"type of transformers (\S+?),", text)
-    assert version is not None
-    assert page().document(listed(), version[1]) == text
+def test_almost_every_causal_type_is_exact_everywhere() -> None:
+    causal = [told for name, told in PAGE.listed().items() if name.startswith("causal:") and not told.startswith("not run")]
+    assert len(causal) > 180
+    assert sum(told == sweep.EXACT for told in causal) / len(causal) >= LEAST
+
+
+@pytest.mark.parametrize(
+    ("told", "kind"),
+    [("exact", "exact"), ("exact: first; last refused: x", "some"), ("refused: x", "refused"), ("not run: x", "not run")],
+)
+def test_what_an_outcome_of_a_cut_counts_as(told: str, kind: str) -> None:
+    assert PAGE.kind_of(told) == kind
+
+
+def test_a_page_is_written_of_the_types_that_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """One row is made again, and the others stay as they are."""
+    module = script("outcomes")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("LAYERCUT_CACHE", "")  # set again by the script
+    (tmp_path / "docs").mkdir()
+    page, wanted = module.PAGES["architectures"], PAGE.listed()
+    page.path.write_text(page.document({**wanted, "causal:llama": "old"}, "1.0"), encoding="utf-8")
+    assert page.version == "1.0"
+    assert module.main(["architectures", "causal:llama"]) == 0
+    assert page.listed() == wanted and page.version == transformers.__version__
+    assert capsys.readouterr().err == "causal:llama exact\n"
+    monkeypatch.setattr(sweep, "examine", lambda *given: sweep.Examined((sweep.Outcome("", sweep.WRONG, "off", "first"),)))
+    assert module.main(["architectures", "causal:llama"]) == 1
+    assert page.listed()["causal:llama"] == "wrong: off"
+    assert module.main(["nonesuch"]) == 2
 
 
 @pytest.mark.parametrize("kind", ["llama", "dory", "zaya", "blt", "hy_v4", "diffllama"])

@@ -5,13 +5,10 @@ By default the types that people use most and a tenth of the others are run, as 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import re
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import measuring
@@ -21,7 +18,7 @@ import sweep
 import torch
 import transformers
 import zoo
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, script
 from measuring import REFUSED, RESIDENT, WRONG
 
 from layercut.cli import main
@@ -31,8 +28,7 @@ from layercut.plan import Plan
 from layercut.runner import Boundaries, by_token
 from layercut.tokens import Sample
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "measured.md"
+PAGE = script("outcomes").PAGES["measured"]
 REFUSED_CAUSAL = (
     "blt", "cpmant", "dory", "gemma4_assistant", "gemma4_unified_assistant", "hrm_text", "mllama", "musicgen", "musicgen_melody",
     "prophetnet", "reformer", "xlm",
@@ -44,25 +40,6 @@ put something before the text, or pad it themselves."""
 pytestmark = pytest.mark.usefixtures("quietly")
 
 
-def page() -> ModuleType:
-    """docs/measured.py, which writes the page."""
-    spec = importlib.util.spec_from_file_location("measured_page", ROOT / "docs" / "measured.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def listed() -> dict[str, str]:
-    """The outcome of every `task:type`, as the page says it."""
-    rows: dict[str, str] = page().architectures.listed(PAGE)
-    return rows
-
-
-def of_this_version() -> bool:
-    return f"type of transformers {transformers.__version__}." in PAGE.read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("name", sweep.chosen())
 @pytest.mark.filterwarnings("ignore")
 def test_states_are_those_of_plain_hooks_or_refused(name: str, tmp_path: Path) -> None:
@@ -71,31 +48,16 @@ def test_states_are_those_of_plain_hooks_or_refused(name: str, tmp_path: Path) -
     assert not [outcome for outcome in examined.outcomes if outcome.verdict == WRONG]
     assert all(outcome.why and "\n" not in outcome.why for outcome in examined.outcomes if outcome.verdict in (REFUSED, RESIDENT))
     assert bool(examined.outcomes) != bool(examined.reason)
-    if of_this_version() and zoo.lacking(kind) is None:  # the page is made with all packages that towers need
-        assert measuring.row(examined) == listed()[name], f"make the page again: {sys.executable} docs/measured.py {name}"
+    if PAGE.version == transformers.__version__ and zoo.lacking(kind) is None:  # it is made with all packages that towers need
+        assert sweep.row(examined) == PAGE.listed()[name], f"make the page again: {sys.executable} docs/outcomes.py measured {name}"
 
 
-def test_the_page_lists_every_type() -> None:
-    if not of_this_version():
+def test_all_other_causal_types_are_measured() -> None:
+    if PAGE.version != transformers.__version__:
         pytest.skip("the page is of another version of transformers")
-    assert sorted(listed()) == sorted(f"{task}:{kind}" for kind, task in zoo.pairs())
-
-
-def test_the_page_counts_what_it_lists() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    version = re.search(r"type of transformers (\S+)\.\n", text)
-    assert version is not None
-    assert page().document(listed(), version[1]) == text
-
-
-def test_all_other_causal_types_are_measured_and_nothing_is_wrong() -> None:
-    if not of_this_version():
-        pytest.skip("the page is of another version of transformers")
-    rows, kind_of = listed(), page().kind_of
-    causal = {name.partition(":")[2]: kind_of(told) for name, told in rows.items() if name.startswith("causal:")}
+    causal = {name.partition(":")[2]: PAGE.kind_of(told) for name, told in PAGE.listed().items() if name.startswith("causal:")}
     assert len(causal) > 180
     assert tuple(sorted(name for name, kind in causal.items() if kind == "refused")) == REFUSED_CAUSAL
-    assert not [name for name, told in rows.items() if "wrong" in told]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +72,7 @@ def test_all_other_causal_types_are_measured_and_nothing_is_wrong() -> None:
     ],
 )
 def test_what_an_outcome_counts_as(told: str, kind: str) -> None:
-    assert page().kind_of(told) == kind
+    assert PAGE.kind_of(told) == kind
 
 
 def test_a_wrong_state_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,11 @@ import pytest
 from layercut import hands
 from layercut.hands import together
 
+HANGS = 300
+"""Seconds after which something counts as hanging, on a busy machine too."""
 
-def waits(check, seconds=30.0):
+
+def waits(check, seconds=HANGS):
     """A job that ends only when it is stopped, or fails the test."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -47,13 +50,14 @@ def test_one_hand_and_one_job_need_no_thread():
 
 
 def test_never_more_at_a_time_than_there_are_hands():
-    lock, at_work, most = threading.Lock(), [], []
+    lock, at_work, most, three = threading.Lock(), [], [], threading.Barrier(3, timeout=HANGS)
 
     def job(check):
         with lock:
             at_work.append(1)
             most.append(len(at_work))
-        time.sleep(0.01)
+        three.wait()  # all hands have a job now: time for a fourth, if there were one
+        time.sleep(0.002)
         with lock:
             at_work.pop()
 
@@ -63,7 +67,7 @@ def test_never_more_at_a_time_than_there_are_hands():
 
 def test_they_really_are_at_work_together():
     """Each waits for the other, so one after the other would never end."""
-    barrier = threading.Barrier(2, timeout=30)
+    barrier = threading.Barrier(2, timeout=HANGS)
     together([lambda check: barrier.wait()] * 2, 2)
 
 
@@ -83,7 +87,7 @@ def test_the_first_failure_stops_those_at_work_and_those_to_come():
 
 
 def test_of_two_failures_the_earlier_job_counts():
-    barrier = threading.Barrier(2, timeout=30)
+    barrier = threading.Barrier(2, timeout=HANGS)
 
     def fails(number):
         def job(check):
@@ -148,5 +152,5 @@ def test_ctrl_c_stops_all_of_them():
     assert process.stdout is not None
     assert [process.stdout.readline(), process.stdout.readline()] == ["at work\n"] * 2
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[0] == "left 0\n"
+    assert process.communicate(timeout=HANGS)[0] == "left 0\n"
     assert process.returncode == 0

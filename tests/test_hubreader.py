@@ -144,8 +144,8 @@ def test_slow_is_not_broken(reading: Reading) -> None:
 
 def test_a_server_that_stops_in_the_middle(reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slower than anybody waits: given up, and asked again."""
-    monkeypatch.setattr("layercut.hubreader.PATIENCE", 0.2)
-    reading.hub.fail("slow", "GET /org/name/[0-9a-f]{64} ", at=0.5)
+    monkeypatch.setattr("layercut.hubreader.PATIENCE", 1)
+    reading.hub.fail("slow", "GET /org/name/[0-9a-f]{64} ", at=3)
     reading.read(0, 50_000)
     assert reading.bytes_at(0, 50_000) == DATA[:50_000]
 

@@ -459,7 +459,7 @@ def test_ranks_share_the_samples_and_agree(
     """Three ranks, and three batches of two samples and one."""
     (alone,) = meter(TEXT, tiny("llama")).losses([removed(6, 3)])
     one_at_a_time(monkeypatch)
-    made = group(3, patience=60.0)
+    made = group(3)
     made.alive(0, 1, 2)
     stacks = [removed(6, 3), removed(6)]
     found = made.all(lambda rank: meter(TEXT, tiny("llama"), ranks=rank, cache=tmp_path).losses(stacks))
@@ -476,7 +476,7 @@ def test_what_fails_on_one_rank_fails_on_all(
 ) -> None:
     """Choices that go on without losses must do so on every rank, and none may wait for another."""
     one_at_a_time(monkeypatch)
-    made = group(3, patience=60.0)
+    made = group(3)
     made.alive(0, 1, 2)
 
     def failing(rank: Ranks) -> list[str]:
@@ -629,7 +629,7 @@ def test_two_processes_choose_what_one_chooses(able: Path, documents: Path, tmp_
     recipe.write_text(RECIPE.format(model=able, text=documents, out=tmp_path / "out"), encoding="utf-8")
     alone = plan_recipe(recipe, progress=False)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "LAYERCUT_CACHE": str(tmp_path / "cache")}
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "layercut"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "layercut"]
     command = [sys.executable, *launcher, "plan", str(recipe), "-q", "-o", str(tmp_path / "p.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

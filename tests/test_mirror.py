@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import json
-import multiprocessing
 import os
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layercut import mirror as module
 from layercut.caches import cache_folder, hub_cache
 from layercut.companions import reject_escape
 from layercut.errors import CheckpointError
@@ -196,25 +198,23 @@ def test_at(mirror: Mirror, tmp_path: Path) -> None:
     assert found is not None and found.repo == "gpt2"
 
 
-def hold(mirror: Mirror, begun: object, goes_on: object) -> None:
-    with mirror.locked():
-        begun.set()  # type: ignore[attr-defined]
-        goes_on.wait(10)  # type: ignore[attr-defined]
+HOLDS = """
+import sys
+from layercut.mirror import Mirror
+with Mirror(*sys.argv[1:]).locked():
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_one_process_writes_at_a_time(mirror: Mirror) -> None:
-    context = multiprocessing.get_context("fork")
-    begun, goes_on = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(mirror, begun, goes_on))
-    other.start()
-    assert begun.wait(10)
-    descriptor = os.open(mirror.folder, os.O_RDONLY)
-    import fcntl
-
-    with pytest.raises(BlockingIOError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    goes_on.set()
-    other.join(10)
+    command = [sys.executable, "-c", HOLDS, mirror.repo, mirror.commit]
+    environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[1])}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as other:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        descriptor = os.open(mirror.folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with mirror.locked(), pytest.raises(BlockingIOError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(descriptor)

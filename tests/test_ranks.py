@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,15 @@ from layercut.errors import LayercutError
 from layercut.ranks import ALONE, DoneError, Ranks, Seat, SilentError, joined
 
 ROOT = Path(__file__).resolve().parent.parent
+HANGS = 300
+"""Seconds after which something counts as hanging, on a busy machine too."""
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
 
 
 class Group:
     """Ranks in threads of this process, around one store."""
 
-    def __init__(self, world: int, patience: float = 5.0) -> None:
+    def __init__(self, world: int, patience: float = module.PATIENCE) -> None:
         self.store = HashStore()
         self.ranks = [Ranks(Seat(rank, world, rank, world), self.store, patience) for rank in range(world)]
         self.stop = threading.Event()
@@ -42,8 +46,31 @@ class Group:
             threading.Thread(target=self.ranks[number].beat, args=(self.stop,), daemon=True).start()
 
     def all(self, work: Callable[[Ranks], Any]) -> list[Any]:
-        with ThreadPoolExecutor(len(self.ranks)) as pool:
-            return [future.result(timeout=20) for future in [pool.submit(work, rank) for rank in self.ranks]]
+        futures: list[Future[Any]] = [Future() for _ in self.ranks]
+
+        def run(rank: Ranks, future: Future[Any]) -> None:
+            try:
+                future.set_result(work(rank))
+            except BaseException as error:
+                future.set_exception(error)
+
+        for rank, future in zip(self.ranks, futures, strict=True):
+            threading.Thread(target=run, args=(rank, future), daemon=True).start()
+        return [future.result(timeout=HANGS) for future in futures]
+
+
+class Clock:
+    """Time in the place of that of a rank: it passes when somebody sleeps, and something may happen then."""
+
+    def __init__(self, happens: Callable[[float], object] = lambda now: None) -> None:
+        self.now, self.happens = 0.0, happens
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.happens(self.now)
 
 
 @pytest.fixture
@@ -118,7 +145,7 @@ def test_the_main_rank_collects_in_the_order_of_ranks(group: Callable[..., Group
 
     def work(rank: Ranks) -> Any:
         number = rank.seat.rank
-        time.sleep(0.2 * (2 - number))
+        time.sleep(0.05 * (2 - number))
         # The shapes differ, and the last rank saw nothing.
         return rank.collect(
             {"sum": torch.full((number, 2), float(number), dtype=torch.float64), "none": torch.zeros(0)}, {"samples": number}
@@ -149,13 +176,15 @@ def test_nobody_leaves_before_the_main_rank(group: Callable[..., Group]) -> None
 
     def work(rank: Ranks) -> None:
         if rank.main:
-            time.sleep(0.3)
+            time.sleep(0.2)
             left.append(0)
+        else:
+            rank.leave = lambda leave=rank.leave: left.append(1) or leave()  # type: ignore[assignment,method-assign,misc]
         rank.part()
-        left.append(rank.seat.rank)
+        left.append(2 + rank.seat.rank)
 
     made.all(work)
-    assert left == [0, 1, 0]
+    assert left[:2] == [0, 1] and sorted(left[2:]) == [2, 3]
 
 
 def test_a_main_rank_that_needs_nobody_lets_the_others_go(group: Callable[..., Group]) -> None:
@@ -232,28 +261,79 @@ def test_a_share_ends_when_another_rank_failed(group: Callable[..., Group]) -> N
         next(items)
 
 
-def test_a_rank_without_a_sign_of_life_is_not_waited_for(group: Callable[..., Group]) -> None:
-    made = group(2, patience=0.3)
-    made.alive(0)
-    began = time.monotonic()
-    message = "rank 1 of 2 has given no sign of life for 0.3 seconds; it was killed or hangs: see its output, and run all ranks again"
+def test_a_rank_without_a_sign_of_life_is_not_waited_for(group: Callable[..., Group], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    message = "rank 1 of 2 has given no sign of life for 60 seconds; it was killed or hangs: see its output, and run all ranks again"
     with pytest.raises(LayercutError, match=f"^{re.escape(message)}$"):
-        made.ranks[0].collect({}, {})
-    assert time.monotonic() - began < 3
+        group(2).ranks[0].collect({}, {})
+    assert 60 < clock.now < 60 + 2 * module.POLL
 
 
 def test_a_rank_that_lives_is_waited_for_beyond_the_patience(group: Callable[..., Group], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PULSE", 0.05)
-    made = group(2, patience=0.4)
-    made.alive(0, 1)
+    """Its signs come 59 seconds apart. After five minutes it has something to say, and then none comes any more."""
+    made = group(2)
 
-    def work(rank: Ranks) -> Any:
-        if not rank.main:
-            time.sleep(1.2)
-        return rank.collect({}, {"samples": 1})
+    def happens(now: float) -> None:
+        made.store.set("alive/1", str(min(now, 300) // 59))
+        if now > 300 and not made.store.check(["state/1/1"]):
+            made.ranks[1].collect({}, {"samples": 7})
 
-    main, _ = made.all(work)
-    assert len(main) == 2
+    clock = Clock(happens)
+    monkeypatch.setattr(module, "time", clock)
+    assert [counts for _, counts in made.ranks[0].collect({}, {"samples": 1})] == [{"samples": 1}, {"samples": 7}]
+    assert 300 < clock.now < 301
+    with pytest.raises(LayercutError, match="rank 1 of 2 has given no sign of life"):
+        made.ranks[0].collect({}, {})
+    assert 355 < clock.now < 362
+
+
+def test_signs_of_life_come_at_once_and_then_every_pulse(group: Callable[..., Group]) -> None:
+    rank, waits, seen = group(2).ranks[1], [], []
+
+    class Stop:
+        def wait(self, seconds: float) -> bool:
+            waits.append(seconds)
+            seen.append(rank._peek("alive/1"))
+            return len(waits) == 4
+
+    rank.beat(Stop())  # type: ignore[arg-type]
+    assert waits == [0, module.PULSE, module.PULSE, module.PULSE]
+    assert seen == [None, b"1", b"2", b"3"]
+
+
+@pytest.mark.parametrize(
+    ("others", "until"), [({1: 0.2, 2: 0.4}, 0.4), ({1: 0.2, 2: None}, module.GRACE), ({}, module.GRACE)], ids=["all", "one", "none"]
+)
+def test_a_main_rank_that_failed_stays_until_the_others_know(
+    group: Callable[..., Group], monkeypatch: pytest.MonkeyPatch, others: dict[int, float | None], until: float
+) -> None:
+    """They may be in the middle of something. Who lives and does not answer is not waited for longer than GRACE."""
+    made, signs = group(3), count()
+
+    def happens(now: float) -> None:
+        for rank in made.ranks[1:]:
+            made.store.set(f"alive/{rank.seat.rank}", str(next(signs)))
+            leaves = others.get(rank.seat.rank)
+            if leaves is not None and now >= leaves:
+                rank.leave()
+
+    clock = Clock(happens)
+    monkeypatch.setattr(module, "time", clock)
+    made.ranks[0].close()
+    assert until <= clock.now < until + 2 * module.POLL
+    assert made.store.check(["closed"])
+
+
+def test_a_main_rank_that_failed_waits_for_no_dead_one(group: Callable[..., Group], monkeypatch: pytest.MonkeyPatch) -> None:
+    made, clock = group(3), Clock()
+    monkeypatch.setattr(module, "time", clock)
+    with pytest.raises(LayercutError, match="rank 1 of 3 has given no sign of life"):
+        made.ranks[0].collect({}, {})
+    made.ranks[2].leave()
+    began = clock.now
+    made.ranks[0].close()
+    assert clock.now == began
 
 
 class Gone:
@@ -264,15 +344,29 @@ class Gone:
 
 
 def test_a_store_that_is_gone_is_said_in_one_line() -> None:
+    """Whatever it is that a rank asks or says."""
     rank = Ranks(Seat(1, 2), Gone())
-    with pytest.raises(LayercutError, match=r"^the process that all ranks meet at is gone; run all ranks again$"):
-        rank.hand_out("measurement")
+    for asks in (
+        lambda: rank.hand_out("measurement"),
+        lambda: rank.collect({}, {}),
+        lambda: list(rank.share(range(4))),
+        rank.part,
+        lambda: Ranks(Seat(0, 2), Gone()).hand_out("measurement", "text"),
+    ):
+        with pytest.raises(LayercutError, match=r"^the process that all ranks meet at is gone; run all ranks again$"):
+            asks()
     assert rank.fail("x") is False
+    rank.leave()
+    Ranks(Seat(0, 2), Gone()).close()
 
 
 def test_ranks_that_do_not_find_each_other() -> None:
-    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LAYERCUT_PATIENCE": "1"}
-    with pytest.raises(LayercutError, match=r"^rank 1 of 2 does not find the others: "), joined(place):
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LAYERCUT_PATIENCE": "1"}
+    with (
+        reserved_port() as port,
+        pytest.raises(LayercutError, match=r"^rank 1 of 2 does not find the others: "),
+        joined({**place, "MASTER_PORT": str(port)}),
+    ):
         pass
 
 
@@ -281,10 +375,12 @@ def test_ranks_that_do_not_find_each_other() -> None:
 SCRIPT = """
 import os, sys, time
 import torch
-if sys.argv[1] == "group":
-    torch.distributed.init_process_group("gloo")
 from layercut.errors import LayercutError
 from layercut.ranks import SilentError, joined
+print("ready", flush=True)
+sys.stdin.readline()
+if sys.argv[1] == "group":
+    torch.distributed.init_process_group("gloo")
 try:
     with joined() as ranks:
         print("joined", flush=True)
@@ -310,69 +406,86 @@ except LayercutError as error:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that no other process is given: somebody may listen there, but nobody does yet."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
 
 
-def start(kind: str, world: int = 2, **more: str) -> list[subprocess.Popen[str]]:
-    """A process for each rank, without a launcher."""
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT), **more}
-    places: list[Mapping[str, str]] = [os.environ | common | {"RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(world)]
-    command = [sys.executable, "-c", SCRIPT, kind]
-    return [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(place)) for place in places]
+Start = Callable[..., list["subprocess.Popen[str]"]]
 
 
-def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Exit status and output of each. None may hang."""
-    try:
-        outputs = [process.communicate(timeout=60)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a process for each rank, without a launcher. They set out to meet together, however long their imports took."""
+    with ExitStack() as stack:
+
+        def make(kind: str, world: int = 2, **more: str) -> list[subprocess.Popen[str]]:
+            port = stack.enter_context(reserved_port())
+            common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), **more}
+            common = {**os.environ, **common, "OMP_NUM_THREADS": "1"}
+            pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+            made = []
+            for rank in range(world):
+                process = subprocess.Popen([sys.executable, "-c", SCRIPT, kind], env=common | {"RANK": str(rank)}, text=True, **pipes)
+                stack.callback(process.communicate)
+                stack.callback(process.kill)
+                made.append(process)
+            for process in made:
+                says(process, "ready\n")
+            for process in made:
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+            return made
+
+        yield make
+
+
+def says(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == line
+
+
+def ended(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
+    """Exit status of each, and what it says from now on. None may hang."""
+    outputs = [process.communicate(timeout=HANGS)[0] for process in processes]
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def when_joined(process: subprocess.Popen[str], number: int) -> None:
-    assert process.stdout is not None and process.stdout.readline() == "joined\n"
-    process.send_signal(number)
+def test_processes_work_together(start: Start) -> None:
+    assert ended(*start("work")) == [(0, "joined\n2.0\n"), (0, "joined\n2.0\n")]
 
 
-def test_processes_work_together() -> None:
-    assert ended(start("work")) == [(0, "joined\n2.0\n"), (0, "joined\n2.0\n")]
-
-
-def test_ranks_meet_beside_a_process_group_that_is_there_already() -> None:
+def test_ranks_meet_beside_a_process_group_that_is_there_already(start: Start) -> None:
     """As in a script that made an `Accelerator` first: both meet at the same port, and neither is in the way of the other."""
-    assert ended(start("group")) == [(0, "joined\n2.0\ngroup of 2\n")] * 2
+    assert ended(*start("group")) == [(0, "joined\n2.0\ngroup of 2\n")] * 2
 
 
-def test_a_rank_that_raises_is_heard_once() -> None:
-    main, other = ended(start("raise"))
+def test_a_rank_that_raises_is_heard_once(start: Start) -> None:
+    main, other = ended(*start("raise"))
     assert main == (1, "joined\nerror: rank 1 failed: m: the weights are damaged\n")
     assert other == (1, "joined\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_killed_rank_or_one_that_hangs_ends_the_others(number: int) -> None:
-    processes = start("sleep", LAYERCUT_PATIENCE="4")
-    when_joined(processes[1], number)
-    assert processes[0].stdout is not None
-    output, _ = processes[0].communicate(timeout=60)
-    processes[1].kill()
-    processes[1].communicate(timeout=20)
-    assert processes[0].returncode == 1
+def test_a_killed_rank_or_one_that_hangs_ends_the_others(start: Start, number: int) -> None:
+    main, other = start("sleep", LAYERCUT_PATIENCE="4")
+    says(other, "joined\n")
+    other.send_signal(number)
     hint = "it was killed or hangs: see its output, and run all ranks again"
-    assert output == f"joined\nerror: rank 1 of 2 has given no sign of life for 4 seconds; {hint}\n"
+    assert ended(main) == [(1, f"joined\nerror: rank 1 of 2 has given no sign of life for 4 seconds; {hint}\n")]
 
 
-def test_a_killed_main_rank_ends_the_others() -> None:
-    processes = start("sleep", LAYERCUT_PATIENCE="3")
-    when_joined(processes[1], 0)
-    when_joined(processes[0], signal.SIGKILL)
-    processes[0].communicate(timeout=20)
-    processes[1].send_signal(signal.SIGTERM)  # as a launcher does
-    output, _ = processes[1].communicate(timeout=60)
-    assert processes[1].returncode == 1
-    assert output == "error: the launcher ended this run: another rank died, or it was told to stop; what it prints says which\n"
+def test_a_killed_main_rank_ends_the_others(start: Start) -> None:
+    main, other = start("sleep")
+    says(other, "joined\n")
+    says(main, "joined\n")
+    main.kill()
+    main.wait(HANGS)
+    other.terminate()  # as a launcher does
+    said = "error: the launcher ended this run: another rank died, or it was told to stop; what it prints says which\n"
+    assert ended(other) == [(1, said)]

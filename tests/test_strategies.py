@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -211,18 +212,16 @@ def test_the_planted_layers_are_found() -> None:
 
 
 def test_a_deep_stack_is_searched_in_reasonable_time() -> None:
-    import time
-
     depth = 120
     dice = random.Random(7)
     prices = random_prices(dice, {"m": depth})
     stack = tuple(LayerRef(model="m", index=index) for index in range(depth))
-    began = time.monotonic()
+    began = time.process_time()
     for repeat in (False, True):
         task = Task(stack, 30, lambda blocks: removal(stack, blocks), repeat, frozenset({0, depth - 1}))
         found = STRATEGIES["blocks"].choose(task, prices)
         assert found is not None and sum(block.stop - block.start for block in found) == 30
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_every_strategy_goes_by_its_name() -> None:

@@ -283,8 +283,9 @@ output: {out}
 """
 ACCELERATE = (
     "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-    "--dynamo_backend", "no", "-m", "layercut",
+    "--dynamo_backend", "no", "--main_process_port", "0", "-m", "layercut",
 )  # fmt: skip
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "layercut")
 
 
 def launch(recipe: Path, *arguments: str, launcher: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
@@ -327,7 +328,7 @@ def test_two_processes_are_one(family: Callable[..., Checkpoint], tmp_path: Path
 
 def test_one_process_writes(family: Callable[..., Checkpoint], tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, family("llama"), 8)
-    done = launch(recipe, "run", "--memory", "20GB", launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "layercut"))
+    done = launch(recipe, "run", "--memory", "20GB", launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("layers      4 -> 3") == 1
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == 3

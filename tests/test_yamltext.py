@@ -145,17 +145,17 @@ def test_a_tower_of_brackets_is_refused() -> None:
 def test_an_alias_bomb_is_refused_at_once() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
-    started = time.perf_counter()
+    started = time.process_time()
     assert refusal("\n".join(lines)) == "r.yaml:6:5: aliases expand to more than 500,000 values"
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_bomb_of_merge_keys_is_refused_at_once() -> None:
     lines = ["a0: &a0 {" + ", ".join(f"k{n}: [1, 2, 3]" for n in range(10)) + "}"]
     lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 30)]
-    started = time.perf_counter()
+    started = time.process_time()
     assert "aliases expand to more than 500,000 values" in refusal("\n".join(lines))
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_files(tmp_path: Path) -> None:
@@ -347,9 +347,9 @@ def test_ten_thousand_lines_with_anchors_and_merge_keys() -> None:
     lines = ["model: m", "steps:", "  - prune: &base {layers: 2, protect: [0, '1-2'], metric: {name: angular}}"]
     for number in range(3332):
         lines += ["  - prune:", "      <<: *base", f"      protect: {number % 50}"]
-    started = time.perf_counter()
+    started = time.process_time()
     recipe = parse_recipe(read("\n".join(lines)))
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
     assert len(lines) == 9999
     assert len(recipe.steps) == 3333
     assert recipe.where("steps", 3332, "prune", "protect") == "r.yaml:9999:16"
