@@ -47,6 +47,7 @@ __all__ = [
     "Member",
     "Place",
     "Sibling",
+    "check_depths",
     "config_node",
     "depth_keys",
     "find_stack",
@@ -55,6 +56,8 @@ __all__ = [
     "numbered_prefixes",
 ]
 
+# More layers than this, and than there are tensors, are no honest depth.
+MOST_LAYERS = 1000
 # What a list of layers is called, at the end of its prefix.
 CONTAINER = re.compile(r"(^|\.|_)(layers?|h|blocks?)\.$")
 # The same without a word before it: the list that the other parts of its layers go with.
@@ -121,7 +124,16 @@ def names_of(stack: LayerStack) -> tuple[str, ...]:
 
 def find_stacks(checkpoint: Checkpoint, declared: Architecture = NOTHING) -> list[LayerStack]:
     """Every stack of a checkpoint whose depth its config states, in the order of the tensors."""
+    check_depths(checkpoint, declared)
     return _Locator(checkpoint, declared).stacks()
+
+
+def check_depths(checkpoint: Checkpoint, declared: Architecture = NOTHING) -> None:
+    """Raise CheckpointError when a config asks for layers without end: its class would begin to make them."""
+    for key in depth_keys(checkpoint.config, (), declared):
+        if key.depth > max(MOST_LAYERS, len(checkpoint.tensors)):
+            message = f"{key} is {key.depth}, and there are {len(checkpoint.tensors)} tensors"
+            raise CheckpointError(message, where=checkpoint.folder / "config.json")
 
 
 class _Locator:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+UNREADABLE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+"""What code that reads a config as its class does raises where that holds a value of another kind."""
+
 
 class LayercutError(Exception):
     """The input is at fault (exit status 1).

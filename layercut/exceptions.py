@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from layercut.errors import UNREADABLE, CheckpointError
+
 
 class Case(NamedTuple):
     """A new stack, and what the model that its config comes from says of itself."""
@@ -263,13 +265,21 @@ class Objection(NamedTuple):
 
 
 def objections(case: Case) -> list[Objection]:
-    """Every row that a new stack offends."""
-    return [Objection(_said(case.model_type, row), row.fatal) for row in rows(case) if not row.exact(case)]
+    """Every row that a new stack offends. Raises CheckpointError for a config that the class could not read."""
+    return [Objection(_said(case.model_type, row), row.fatal) for row in rows(case) if not _holds(row.exact, case)]
 
 
 def rows(case: Case) -> list[Exceptional]:
     """The rows that apply to a model, whatever is done with its layers."""
-    return [row for row in EXCEPTIONS if (not row.model_types or _speaks_of(row, case)) and row.when(case)]
+    return [row for row in EXCEPTIONS if (not row.model_types or _speaks_of(row, case)) and _holds(row.when, case)]
+
+
+def _holds(test: Test, case: Case) -> bool:
+    try:
+        return test(case)
+    except UNREADABLE:
+        said = "config.json: a value that says something of the layers is of a kind that"
+        raise CheckpointError(f"{said} model type {case.model_type} does not take") from None
 
 
 def _speaks_of(row: Exceptional, case: Case) -> bool:

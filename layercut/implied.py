@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from layercut.errors import UNREADABLE, CheckpointError
+
 Config = Mapping[str, Any]
 Make = Callable[[Config, int], Any]
 
@@ -235,11 +237,18 @@ IMPLIED: tuple[Implied, ...] = (
 
 
 def implied_values(node: Config, kind: str | None, depth: int) -> dict[str, Any]:
-    """What the class of a model type puts in the place of every key that the node does not set."""
+    """What the class of a model type puts in the place of every key that the node does not set.
+
+    Raises CheckpointError for a node that the class could not read.
+    """
     found: dict[str, Any] = {}
     for row in IMPLIED:
         if kind in row.model_types and node.get(row.key) in (None, []):
             if node.get(row.key) == [] and row.key != "no_rope_layers":
                 continue
-            found[row.key] = row.make({**node, **found}, depth)
+            try:
+                found[row.key] = row.make({**node, **found}, depth)
+            except UNREADABLE:
+                message = f"config.json: {row.key} follows from other values, and one is of a kind that model type {kind} does not take"
+                raise CheckpointError(message) from None
     return found

@@ -54,8 +54,8 @@ def _offset(name: str, period: int, offset: int) -> Pattern:
         return [i % values[0] == values[1] for i in range(depth)] if values and values[0] > 0 else None
 
     def spellings(node: Config, depth: int) -> Iterator[Changes]:
-        old = node.get(keys[0], period)
-        yield from ({keys[1]: at} for at in range(old))
+        old, _ = _numbers(node, (keys[0], period), (keys[1], offset)) or (period, offset)
+        yield from ({keys[1]: at} for at in range(min(old, depth + 1)))  # from the depth on, an offset means no layer
         yield from ({keys[0]: every, keys[1]: at} for every in range(1, depth + 2) for at in range(every))
 
     def applies(node: Config, stack: LayerStack) -> bool:
@@ -267,11 +267,15 @@ def _cycles(node: Config, depth: int) -> int:
     return counted // depth if isinstance(counted, int) and counted % depth == 0 else 0
 
 
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e9
+
+
 SCALARS: tuple[Scalar, ...] = (
     Scalar(
         "scale_depth",
         "the residual scale is scale_depth / sqrt(number of layers)",
-        lambda node, stack: isinstance(node.get("scale_depth"), int | float) and "mup_denominator" not in node,
+        lambda node, stack: _is_scale(node.get("scale_depth")) and "mup_denominator" not in node,
         lambda node, old, new: node["scale_depth"] * math.sqrt(new / old),
     ),
     Scalar(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercut.architecture import find_stack
+from layercut.architecture import check_depths, find_stack
 from layercut.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from layercut.companions import SCAFFOLD, left_out_reason
 from layercut.contents import DiffersError, NotCheckedError, check_contents, recipe_of
@@ -94,7 +94,7 @@ def verify(folder: Path, *, load: bool = True, contents: bool = True, progress: 
         written = report
         run("contents", lambda: check_contents(checkpoint, written, progress=progress))
     if load:
-        _loaded(folder, run)
+        _loaded(checkpoint, run)
     return Verification(folder=str(folder), checks=tuple(checks))
 
 
@@ -160,13 +160,14 @@ def _layers(checkpoint: Checkpoint, report: Report | None) -> str:
     return f"{stack.depth} layers, as {stack.depth_key} and the report say"
 
 
-def _loaded(folder: Path, run: Callable[[str, Callable[[], str]], None]) -> None:
+def _loaded(checkpoint: Checkpoint, run: Callable[[str, Callable[[], str]], None]) -> None:
     """What transformers makes of the folder: keys, logits, and generation with and without a cache."""
     model: Any = None
 
     def load() -> str:
         nonlocal model
-        loaded, info = _load(folder)
+        check_depths(checkpoint)
+        loaded, info = _load(checkpoint.folder)
         problems = [f"{kind} {quoted(str(min(map(str, keys))))}" for kind, keys in _key_problems(info) if keys]
         if problems:
             raise _FailedError("transformers finds " + ", ".join(problems))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from layercut.errors import CheckpointError
 from layercut.exceptions import EXCEPTIONS, Case, hopeless, objection, objections, remarks
 
 DEPTH = 6
@@ -214,6 +215,24 @@ def test_features_of_images_behind_the_first_layers() -> None:
 def test_layers_that_follow_another_indexer_are_told_of(order: list[int], told: list[str]) -> None:
     end = "the top-k of another layer's indexer than before, the one that now stands before (indexer_types)"
     assert remarks(case("glm_moe_dsa", DSA, order)) == [f"{start} {end}" for start in told]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("gemma3n_text", {"num_kv_shared_layers": 2, "layer_types": [[]] * DEPTH}),
+        ("olmo_hybrid", {"layer_types": [{}] * DEPTH}),
+        ("qwen4_exp", {"ple_layer_ids": ["1"]}),
+        ("qwen4_exp", {"ple_layer_ids": 1}),
+        ("dory", {"layer_types": 6}),
+        ("albert", {"num_hidden_groups": 10**400}),
+    ],
+)
+def test_values_that_the_class_could_not_read(kind: str, config: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        objections(case(kind, config, HEAD))
+    said = f"config.json: a value that says something of the layers is of a kind that model type {kind} does not take"
+    assert str(caught.value) == said
 
 
 def test_an_objection_of_another_table() -> None:

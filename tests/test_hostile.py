@@ -242,7 +242,20 @@ CONFIGS: Mapping[str, tuple[bytes, str]] = {
     "depth is text": (config(num_hidden_layers="6"), NONE),
     "depth is a float": (config(num_hidden_layers=6.0), NONE),
     "depth is a list": (config(num_hidden_layers=[6]), NONE),
-    "depth is 10**30": (config(num_hidden_layers=10**30), "no layers found"),
+    "depth is 10**30": (config(num_hidden_layers=10**30), f"num_hidden_layers is {10**30}, and there are 15 tensors"),
+    "depth of another tower": (config(vision_config={"depth": 10**9}), f"vision_config.depth is {10**9}, and there are 15 tensors"),
+    "kinds that are objects": (
+        config(model_type="gemma3n_text", num_kv_shared_layers=2, layer_types=[{}] * 6),
+        "of a kind that model type gemma3n_text does not take",
+    ),
+    "a pattern that is a number by halves": (
+        config(model_type="exaone4", sliding_window=8, sliding_window_pattern={"a": 1}),
+        "layer_types follows from other values, and one is of a kind that model type exaone4 does not take",
+    ),
+    "a period without end": (
+        config(model_type="jamba", attn_layer_period=10**18, attn_layer_offset=4, expert_layer_period=2, expert_layer_offset=1),
+        "cannot describe the new order of layers",
+    ),
     "depth of other tensors": (config(num_hidden_layers=7), "depth keys are num_hidden_layers = 7"),
     "fewer than no extra layers": (config(num_hidden_layers=8, num_nextn_predict_layers=-2), "depth keys are num_hidden_layers = 8"),
     "extra layers are a bool": (config(num_hidden_layers=5, num_nextn_predict_layers=True), "holds 6 layers, but num_hidden_layers is 5"),

@@ -9,6 +9,7 @@ import pytest
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from layercut.errors import CheckpointError
 from layercut.implied import IMPLIED, implied_values
 
 DEPTHS = (7, 13)
@@ -62,3 +63,22 @@ def test_gemma2_alternates_and_qwen3_windows_from_a_layer_on() -> None:
     node = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
     assert implied_values(node, "qwen3", 4)["layer_types"] == [full, full, sliding, sliding]
     assert implied_values({**node, "use_sliding_window": False}, "qwen3", 4)["layer_types"] == [full] * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "node"),
+    [
+        ("exaone4", "layer_types", {"sliding_window_pattern": {"a": 1}}),
+        ("kimi_linear", "layer_types", {"linear_attn_config": "x"}),
+        ("deepseek_v4", "layer_types", {"compress_ratios": [[]]}),
+        ("zamba", "layers_block_type", {"attn_layer_period": 0}),
+        ("smollm3", "layer_types", {"no_rope_layers": 5}),
+        ("axk1", "mlp_layer_types", {"moe_layer_freq": 0}),
+        ("axk1", "mlp_layer_types", {"moe_layer_freq": [1]}),
+        ("gemma4_text", "per_layer_config", {"layer_types": 5}),
+    ],
+)
+def test_values_that_the_class_could_not_read(kind: str, key: str, node: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        implied_values(node, kind, 4)
+    assert str(caught.value) == f"config.json: {key} follows from other values, and one is of a kind that model type {kind} does not take"

@@ -110,10 +110,19 @@ def test_patterns_are_for_their_own_models() -> None:
     assert not QWEN.applies({"model_type": "other", "decoder_sparse_step": 1}, stack())
 
 
+@pytest.mark.parametrize("period", [7, 100, 10**18])
+def test_an_offset_from_the_depth_on_means_no_layer(period: int) -> None:
+    """The spelling is found without trying as many offsets as a config may name."""
+    jamba = {"attn_layer_period": period, "attn_layer_offset": 4}
+    assert follow(ATTENTION, jamba, 6, 0, 1, 2, 3, 5) == {"attn_layer_offset": 5}
+    assert follow(ATTENTION, jamba, 6, 4, 0, 1, 2) == {"attn_layer_offset": 0}
+
+
 def test_numbers_that_follow_the_depth() -> None:
     residual, twice, cycles, groups, neomme = SCALARS
     assert residual.applies({"scale_depth": 1.4}, stack()) and not residual.applies({"scale_depth": 1.4, "mup_denominator": 32}, stack())
     assert residual.follow({"scale_depth": 1.4}, 6, 5) == 1.4 * math.sqrt(5 / 6)
+    assert not any(residual.applies({"scale_depth": value}, stack()) for value in (10**400, -1e308, "1.4", None))
     assert twice.applies({"num_hidden_layers": 12}, stack(key="num_layers")) and not twice.applies({"num_hidden_layers": 12}, stack())
     assert twice.follow({}, 6, 5) == 10
     assert neomme.follow({}, 8, 5) == 0.25

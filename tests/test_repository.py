@@ -46,10 +46,10 @@ HEAVY = ("accelerate", "datasets", "numpy", "pandas", "pyarrow", "torch", "trans
 # The order of the modules: each imports only from lines above its own.
 LEVELS: tuple[tuple[str, ...], ...] = (
     (
-        "axes", "caches", "canvas", "chattemplates", "errors", "exceptions", "hands", "implied", "jsontext", "record", "sharing", "sizes",
+        "axes", "caches", "canvas", "chattemplates", "errors", "hands", "jsontext", "record", "sharing", "sizes",
         "standins", "towers", "version", "ways",
     ),
-    ("declarations", "hubfaults", "smallfile"),
+    ("declarations", "exceptions", "hubfaults", "implied", "smallfile"),
     ("calibration", "conversations", "conversions", "copying", "header", "mixing", "stack", "tokens", "yamltext"),
     ("companions", "fits", "metric", "rows"),
     ("documents", "mirror", "samplewise", "tokenwise"),

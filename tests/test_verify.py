@@ -216,6 +216,14 @@ def test_a_stale_depth(output):
     assert found["layers"].startswith(f"{path}: no layers found: {seen}")
 
 
+def test_a_depth_without_end_is_not_loaded(output):
+    """transformers would make the layers one by one before it looks into the file."""
+    path = output / "config.json"
+    path.write_text(path.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 1000000000'))
+    found = failed(output, load=True)
+    assert found["load"] == found["layers"] == f"{path}: num_hidden_layers is 1000000000, and there are 11 tensors"
+
+
 def test_a_report_of_another_depth(output):
     report = read_report(output)
     write_report(output, report.model_copy(update={"layers": report.layers[:3]}))
