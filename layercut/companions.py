@@ -19,6 +19,7 @@ MIRRORS = "hub"
 UNCUT = "weights of the uncut model, in another format or copy"
 PICKLE = "pickle of a training run: runs code when it is read"
 SCAFFOLD = "version control or cache, not the model"
+HALF = "what a killed layercut left"
 
 LEFT_OUT_FOLDERS = (
     (("original", "onnx", "openvino", "coreml", "checkpoint-*", "global_step*"), UNCUT),
@@ -34,6 +35,7 @@ LEFT_OUT_FILES = (
     (("training_args.bin", "optimizer.bin", "scheduler.bin", "*.pkl", "*.pickle"), PICKLE),
     (("layercut.json", "layercut.png"), "report of an earlier cut"),
     ((".git", ".gitattributes", ".ds_store"), SCAFFOLD),
+    ((".*.layercut-partial",), HALF),
 )
 """Names, in lower case, of files that do not go along."""
 

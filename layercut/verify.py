@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from layercut.architecture import check_depths, find_stack
 from layercut.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
-from layercut.companions import SCAFFOLD, left_out_reason
+from layercut.companions import HALF, SCAFFOLD, left_out_reason
 from layercut.contents import DiffersError, NotCheckedError, check_contents, recipe_of
 from layercut.errors import LayercutError, printable
 from layercut.header import quoted
@@ -125,7 +125,7 @@ def _no_others(checkpoint: Checkpoint, expected: Mapping[str, WrittenFile]) -> s
     for parent, _, names in os.walk(checkpoint.folder):
         for name in names:
             relative = (Path(parent) / name).relative_to(checkpoint.folder).as_posix()
-            if relative not in expected and relative not in (REPORT, HEATMAP, CARD) and left_out_reason(relative) != SCAFFOLD:
+            if relative not in expected and relative not in (REPORT, HEATMAP, CARD) and left_out_reason(relative) not in (SCAFFOLD, HALF):
                 others.append(relative)
     if others:
         more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""

@@ -183,7 +183,7 @@ def test_several_stale_files(output):
     assert failed(output) == {"no other files": "'a.json' is not of this output (and 2 more)"}
 
 
-@pytest.mark.parametrize("name", ["README.md", ".gitattributes", ".git/config", ".cache/huggingface/x"])
+@pytest.mark.parametrize("name", ["README.md", ".gitattributes", ".git/config", ".cache/huggingface/x", ".layercut.json.layercut-partial"])
 def test_files_that_may_come_later(output, name):
     (output / name).parent.mkdir(parents=True, exist_ok=True)
     (output / name).write_text("later")
