@@ -169,8 +169,9 @@ def _convert(folder: Path, shards: list[Shard], along: list[str], target: Path, 
 
 def _convert_shard(path: Path, target: Path, expected: frozenset[str] | None, aliases: Collection[str]) -> list[str]:
     """Write one weight file without the aliases. Gives the names of its tensors."""
+    size = path.stat().st_size
     entries = [entry for entry in _entries(path, expected) if entry.name not in aliases]
-    _write(target, entries)
+    _write(target, entries, path, size)
     return [entry.name for entry in entries]
 
 
@@ -293,13 +294,19 @@ def _aliases(entries: list[Entry]) -> dict[str, str]:
     return aliases
 
 
-def _write(path: Path, entries: list[Entry]) -> None:
-    """One safetensors file, the widest dtypes first so that each tensor is aligned. Holds one tensor at a time."""
+def _write(path: Path, entries: list[Entry], source: Path, size: int) -> None:
+    """One safetensors file, the widest dtypes first so that each tensor is aligned. Holds one tensor at a time.
+
+    The source is mapped: were it cut short, reading behind its new end would end this process without a word. So its size is looked at
+    before each tensor.
+    """
     import torch
 
     entries = sorted(entries, key=lambda entry: -ITEM_BITS[entry.dtype])
     with path.open("wb") as file:
         file.write(encode_header([(name, dtype, tuple(value.shape)) for name, dtype, value in entries], {"format": "pt"}))
         for entry in entries:
+            if source.stat().st_size < size:
+                raise CheckpointError("became shorter while it was read", where=source, hint="run again when nothing writes to it")
             plain = entry.value.detach().resolve_conj().resolve_neg().contiguous()
             file.write(plain.reshape(-1).view(torch.uint8).numpy().data)

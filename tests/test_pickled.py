@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from layercut import pickled
 from layercut.checkpoint import Checkpoint, open_checkpoint
 from layercut.cli import main
 from layercut.errors import CheckpointError
@@ -426,7 +427,7 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(tmp_path / "model", {"a": torch.zeros(2)})
 
-    def interrupt(path: Path, entries: object) -> None:
+    def interrupt(path: Path, *rest: object) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -436,6 +437,24 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
             opened(folder, tmp_path / "cache")
     assert list((tmp_path / "cache" / "pickled").iterdir()) == []
     assert list(opened(folder, tmp_path / "cache").tensors) == ["a"]
+
+
+def test_a_file_that_becomes_shorter_while_it_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading behind the new end would end the process without a word."""
+    folder = save(tmp_path / "model", {"a": torch.zeros(1 << 20), "b": torch.ones(1 << 20)})
+    real = pickled._entries
+
+    def shortened(path: Path, expected: frozenset[str] | None) -> list[pickled.Entry]:
+        entries = real(path, expected)
+        asked.append(path)
+        if len(asked) == 2:  # the first time, only names are looked at
+            os.truncate(path, 1 << 16)
+        return entries
+
+    asked: list[Path] = []
+    monkeypatch.setattr(pickled, "_entries", shortened)
+    expected = "pytorch_model.bin: became shorter while it was read; run again when nothing writes to it"
+    assert refusal(folder, tmp_path / "cache") == expected
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
