@@ -58,6 +58,11 @@ class Place(NamedTuple):
         """Where a folder that is overwritten waits until the new one has its name."""
         return self.target.parent / f".{self.target.name}.layercut-old"
 
+    @property
+    def trash(self) -> Path:
+        """Where it is removed: of what lies here nothing comes back, for it may be half a folder."""
+        return self.target.parent / f".{self.target.name}.layercut-trash"
+
 
 # Checks, before anything is written
 
@@ -170,6 +175,7 @@ def throw_away(place: Place) -> None:
 
 def _remove(place: Place) -> None:
     """Remove the staging, of which this run holds the lock."""
+    shutil.rmtree(place.trash, ignore_errors=True)
     shutil.rmtree(place.content, ignore_errors=True)
     place.journal.unlink(missing_ok=True)
     # The lock goes last, so that a run which starts meanwhile either waits its turn or finds nothing.
@@ -219,8 +225,8 @@ def recover(place: Place) -> None:
 def publish(place: Place, overwrite: bool) -> None:
     """Give the content its name. An older folder steps aside first, comes back when this fails, and goes when it is done."""
     replaces = overwrite and place.target.is_dir() and any(place.target.iterdir())
-    if replaces and os.path.lexists(place.old):
-        shutil.rmtree(place.old)
+    if replaces:
+        _discard(place)
     try:
         if replaces:
             place.target.rename(place.old)
@@ -237,9 +243,21 @@ def settle(place: Place, replaced: bool) -> None:
     """Put the new name on the disk; the folder that was replaced goes."""
     if place.durable:
         sync(place.target.parent)
-    if replaced and os.path.lexists(place.old):
+    if replaced:
         try:
-            shutil.rmtree(place.old)
+            _discard(place)
         except OSError as error:
             message = f"{place.shown} is complete, but the folder that it replaces could not be removed: {error.strerror}"
-            raise OutputError(message, hint=f"remove {place.old}") from error
+            left = place.old if os.path.lexists(place.old) else place.trash
+            raise OutputError(message, hint=f"remove {left}") from error
+
+
+def _discard(place: Place) -> None:
+    """Remove the folder that was replaced. A run that is killed on the way leaves nothing that `recover` takes for the whole."""
+    if os.path.lexists(place.trash):
+        shutil.rmtree(place.trash)
+    if os.path.lexists(place.old):
+        place.old.rename(place.trash)
+        if place.durable:
+            sync(place.target.parent)
+        shutil.rmtree(place.trash)

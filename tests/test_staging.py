@@ -54,6 +54,7 @@ def test_names_lie_beside_the_output():
     assert str(place.lock) == "/data/.out.layercut-partial/lock"
     assert str(place.journal) == "/data/.out.layercut-partial/journal"
     assert str(place.old) == "/data/.out.layercut-old"
+    assert str(place.trash) == "/data/.out.layercut-trash"
 
 
 # Checks
@@ -386,12 +387,41 @@ def test_a_rename_that_fails_brings_the_older_folder_back(place, tmp_path, monke
 def test_an_older_folder_that_cannot_be_removed(place, monkeypatch):
     write(place, "first")
     real = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: refuse(errno.EACCES)() if path == place.old else real(path, **how))
+
+    def rmtree(path, ignore_errors=False):
+        if path != place.trash:
+            real(path, ignore_errors=ignore_errors)
+        elif not ignore_errors:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
     with pytest.raises(OutputError) as caught:
         write(place, "second", overwrite=True)
     message = "is complete, but the folder that it replaces could not be removed: Permission denied"
-    assert str(caught.value) == f"{place.shown} {message}; remove {place.old}"
+    assert str(caught.value) == f"{place.shown} {message}; remove {place.trash}"
     assert (place.target / "file").read_text() == "second"
+
+
+def test_half_of_an_older_folder_does_not_come_back(place, tmp_path, monkeypatch):
+    """Killed while the older folder is removed, and then the new one is removed by hand."""
+    write(place, "first")
+    (place.target / "more").write_text("first")
+    real = shutil.rmtree
+
+    def killed(path, **how):
+        (path / "more").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **how: killed(path) if path == place.trash else real(path, **how))
+        with pytest.raises(KeyboardInterrupt):
+            write(place, "second", overwrite=True)
+    shutil.rmtree(place.target)
+    recover(place)
+    assert not place.target.exists()
+    write(place, "third")
+    assert names(tmp_path) == ["out", "out/file"]
+    assert (place.target / "file").read_text() == "third"
 
 
 def test_the_name_is_put_on_the_disk(place, tmp_path, monkeypatch):
