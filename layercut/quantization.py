@@ -28,8 +28,10 @@ SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json
 
 # Where transformers lets a pattern of its own end: "mlp.gate" does not mean "mlp.gate_proj".
 BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
-# A repeated group that repeats inside: it may take for ever to find that nothing matches.
-ENDLESS = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
+# A group of a regex without groups in it, its body, and whether it is repeated.
+GROUP = re.compile(r"\((?:\?(?:P<\w+>|[:=!>]|<[=!]|[a-zA-Z-]+:?))?([^()]*)\)([*+{]?)")
+MOST_REPEATS = 8
+"""Repetitions one behind the other in a regex that is tried; honest ones have up to seven."""
 
 
 class Followed(NamedTuple):
@@ -264,7 +266,7 @@ def _matcher(pattern: str, where: str) -> Callable[[str], bool] | None:
     if not regex and ".*" not in pattern:
         return lambda name: fnmatchcase(name, pattern)
     bare = pattern[3 if pattern.startswith("re:") else 2 :] if pattern.startswith(MARKERS) else pattern
-    if len(bare) > 1000 or ENDLESS.search(bare):
+    if len(bare) > 1000 or _is_endless(bare):
         return None
     if bare == pattern and not where.endswith(".dynamic"):
         bare = f"(?:{bare}){BOUNDARY}"
@@ -273,6 +275,21 @@ def _matcher(pattern: str, where: str) -> Callable[[str], bool] | None:
     except (re.error, RecursionError, OverflowError):
         return None if regex else lambda name: fnmatchcase(name, pattern)
     return lambda name: compiled.match(name) is not None
+
+
+def _is_endless(regex: str) -> bool:
+    """Whether it may take for ever to find that a regex does not match: something repeated has a choice in it, or too much repeats."""
+    text = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", regex, flags=re.DOTALL).replace("\0", "x")
+    while (group := GROUP.search(text)) is not None:
+        if group[2] and re.search(r"[*+?{|\0]", group[1]):
+            return True
+        text = f"{text[: group.start()]}x{chr(0) * _repeats(group[1])}{text[group.end(1) + 1 :]}"
+    return _repeats(text) > MOST_REPEATS
+
+
+def _repeats(text: str) -> int:
+    """Repetitions one behind the other, in the choice that has most of them; NUL stands for those of a group."""
+    return max(len(re.findall(r"[*+{\0]", choice)) for choice in text.split("|"))
 
 
 def _exact(pattern: str, name: str, where: str) -> str:

@@ -410,6 +410,28 @@ def test_what_cannot_be_said_is_refused(tmp_path: Path, quantization: Any, messa
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    "end",
+    ["((a+))+!", "(a|a)*!", "(a|aa)+!", "(?:(a)|(a))*!", "(?P<n>a?){40}a{40}!", "([(a)]|[^]a])*!", "(([a])*)*!", "a*" * 9 + "!",
+     "(a*a*a*|b)" * 3 + "!", r"(\)a|\(a*)*!"],
+)  # fmt: skip
+def test_regexes_that_may_take_for_ever_are_not_tried(tmp_path: Path, end: str) -> None:
+    pattern = rf"re:model\.layers\.[0-9]\.{end}"
+    source = member(tmp_path, {"ignore": [pattern]}, more=[f"model.layers.0.{'a' * 60}.weight"])
+    with pytest.raises(RefusedError, match=r"which is no regex that can be tried; replace it by the names that it means$"):
+        rewritten(source, WITHOUT_1)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"re:(.*\.)?layers\.[0-9]+\..*", r"re:.*layers\.(?P<at>\d+)\.(mlp|self_attn)\..*(gate|o_proj).*", r"re:(?i:model\.)layers\.\d+\.mlp",
+     "re:" + "|".join(rf".*layers\.\d+\.{name}.*" for name in ("mlp", "self_attn", "mlp.gate", "mlp.up_proj")),
+     r"re:.*\.[0-9]*\.[(a)*]*mlp"],
+)  # fmt: skip
+def test_regexes_of_honest_configs_are_tried(tmp_path: Path, pattern: str) -> None:
+    assert rewritten(member(tmp_path, {"ignore": [pattern]}), WITHOUT_1)["ignore"] == [pattern]
+
+
 def test_numbers_alone_are_left_with_a_note(tmp_path: Path) -> None:
     source = member(tmp_path, {"skip": ["27", "3.mlp.gate", "lm_head"], "by": {"0": 1}})
     done = follow("m", {"m": source}, WITHOUT_1)
