@@ -297,8 +297,8 @@ def _aliases(entries: list[Entry]) -> dict[str, str]:
 def _write(path: Path, entries: list[Entry], source: Path, size: int) -> None:
     """One safetensors file, the widest dtypes first so that each tensor is aligned. Holds one tensor at a time.
 
-    The source is mapped: were it cut short, reading behind its new end would end this process without a word. So its size is looked at
-    before each tensor.
+    The source is mapped: were it cut short, what lies behind its new end is a bad address, or ends this process without a word. So its
+    size is looked at before each tensor.
     """
     import torch
 

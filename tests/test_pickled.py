@@ -440,7 +440,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_file_that_becomes_shorter_while_it_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading behind the new end would end the process without a word."""
+    """What lies behind the new end is a bad address, or ends the process without a word."""
     folder = save(tmp_path / "model", {"a": torch.zeros(1 << 20), "b": torch.ones(1 << 20)})
     real = pickled._entries
 
