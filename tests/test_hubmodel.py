@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import failure
 from hub import Hub
 
 from layercut.caches import hub_cache
@@ -41,10 +43,8 @@ def put(mirror: Mirror, name: str, size: int, data: bytes) -> Listed:
     return file
 
 
-def refused(call: object) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        call()  # type: ignore[operator]
-    return str(caught.value)
+def refused(call: Callable[[], object]) -> str:
+    return failure(CheckpointError, call)
 
 
 # Headers
