@@ -47,6 +47,9 @@ def test_a_plan_is_told_from_a_recipe_by_what_stands_in_it(model: Path, tmp_path
     (tmp_path / "r.json").write_text(json.dumps(quoted), encoding="utf-8")
     found = load(tmp_path / "r.json")
     assert isinstance(found, Recipe) and found.model == quoted["model"]
+    named = {"models": {'my"format': "layercut-plan/1"}, "slices": [{"model": 'my"format', "layer_range": [0, 2]}]}
+    (tmp_path / "r.json").write_text(json.dumps(named), encoding="utf-8")
+    assert isinstance(load(tmp_path / "r.json"), Recipe), "a model of that name"
     (tmp_path / "r.yaml").write_text('model: m  # "format": "layercut-plan/1"\n', encoding="utf-8")
     assert isinstance(load(tmp_path / "r.yaml", ["depth=3"]), Recipe)
     (tmp_path / "x.yaml").write_text(plan.to_json(), encoding="utf-8")
