@@ -19,7 +19,7 @@ from layercut.metrics import Angular, Cosine
 from layercut.plan import Plan
 from layercut.ranks import Ranks, Seat
 from layercut.recipe import Recipe
-from layercut.report import read_report
+from layercut.report import Published, read_report, write_report
 
 CUT = [{"prune": {"at": 2}}]
 
@@ -104,6 +104,28 @@ def test_what_is_in_the_way_is_said_before_the_long_work(model: Path, tmp_path: 
     monkeypatch.setattr(api, "plan_recipe", None)
     said = f"{tmp_path}/out/ is not empty; choose another folder or pass --overwrite"
     assert failure(OutputError, lambda: run_recipe(recipe(model), out=tmp_path / "out", progress=False)) == said
+
+
+def test_of_a_finished_output_only_the_upload_is_left(model: Path, tmp_path: Path) -> None:
+    """When it is what the recipe or plan would write, whatever place it is asked for at."""
+    out = tmp_path / "out"
+    wanted = recipe(model, output=str(out))
+    assert api._unpublished(wanted, out, False) is None
+    report = run_recipe(wanted, progress=False)
+    judged = {"perplexity": {"source": "builtin", "samples": 2}}
+    for asked in (wanted, plan_recipe(wanted, progress=False), recipe(model, output="elsewhere", upload="me/cut"), recipe(model)):
+        assert api._unpublished(asked, out, True) == report
+    sized = {"path": "elsewhere", "max_shard_size": "1GB"}
+    for more in ({"evaluate": judged}, {"steps": [{"prune": {"at": 3}}]}, {"output": sized}):
+        other = recipe(model, **more)
+        assert api._unpublished(other, out, False) is None
+        assert more != {"evaluate": judged} or api._unpublished(plan_recipe(other, progress=False), out, False) is None
+    published = Published(repo="me/cut", revision="main", commit="0" * 40, url="https://huggingface.co/me/cut")
+    write_report(out, report.with_published(published))
+    assert api._unpublished(wanted, out, False) == report.with_published(published)
+    assert api._unpublished(wanted, out, True) is None, "its sources may be others by now"
+    (out / "layercut.json").write_text("{", encoding="utf-8")
+    assert api._unpublished(wanted, out, False) is None
 
 
 # What is measured
