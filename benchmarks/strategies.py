@@ -31,7 +31,7 @@ from engine import smollm2  # noqa: E402
 from layercut.architecture import find_stack  # noqa: E402
 from layercut.calibration import BuiltinCalibration  # noqa: E402
 from layercut.checkpoint import open_checkpoint  # noqa: E402
-from layercut.engine import measure  # noqa: E402
+from layercut.engine import Running, measure  # noqa: E402
 from layercut.losses import Meter  # noqa: E402
 from layercut.metrics import Angular  # noqa: E402
 from layercut.seams import Prices  # noqa: E402
@@ -63,13 +63,13 @@ class Bench:
     def __init__(self, folder: Path, samples: int, length: int, judged: int) -> None:
         checkpoint = open_checkpoint(folder)
         place = find_stack(checkpoint)
-        models, depths, prefixes = {ALIAS: checkpoint}, {ALIAS: place.depth}, {ALIAS: place.prefix}
+        running = Running({ALIAS: checkpoint}, {ALIAS: place.depth}, {ALIAS: place.prefix})
         text = BuiltinCalibration(samples=samples, max_length=length)
         self.stack: Stack = tuple(LayerRef(model=ALIAS, index=index) for index in range(place.depth))
         self.samples = samples
-        self.losses = Meter(models, text, depths=depths, prefixes=prefixes)
-        self._judge = Meter(models, text.model_copy(update={"samples": samples + judged}), depths=depths, prefixes=prefixes)
-        self.prices = Prices(measure(models, [METRIC], text, depths=depths, prefixes=prefixes), METRIC.label, depths)
+        self.losses = Meter(running, text)
+        self._judge = Meter(running, text.model_copy(update={"samples": samples + judged}))
+        self.prices = Prices(measure(running, [METRIC], text), METRIC.label, running.depths)
 
     def fits(self, stack: Stack) -> bool:
         """As `searches.Means`: a llama without some layers is a llama."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -36,6 +36,9 @@ from layercut.staging import Place, check_vacant
 from layercut.start import Resolve, givers, open_members
 from layercut.trials import Losses
 from layercut.upload import Upload
+
+if TYPE_CHECKING:
+    from layercut.engine import Running
 
 # Tells a plan from a recipe that is written as JSON, in whatever order its keys stand.
 PLAN = re.compile(rb'(?<!\\)"format"\s*:\s*"layercut-plan/')
@@ -89,28 +92,28 @@ def _measured(
 ) -> Measurement:
     from layercut.engine import measure  # a road into torch
 
-    return measure(
-        calibration=calibration, metrics=metrics, question=question, **_setting(members, progress=progress, memory=memory, ranks=ranks)
-    )
+    return measure(_running(members, progress, memory, ranks), metrics, calibration, question)
 
 
 def _run(members: Mapping[str, Member], calibration: Calibration, *, progress: bool, memory: int | None, ranks: Ranks) -> Losses:
     from layercut.losses import Meter  # the other road into torch
 
-    return Meter(calibration=calibration, **_setting(members, progress=progress, memory=memory, ranks=ranks))
+    return Meter(_running(members, progress, memory, ranks), calibration)
 
 
-def _setting(members: Mapping[str, Member], *, progress: bool, memory: int | None, ranks: Ranks) -> dict[str, Any]:
-    """Models, whole and on this machine, and how they are run."""
-    return {
-        "models": {alias: fetching.fetch_whole(member.checkpoint, progress=progress) for alias, member in members.items()},
-        "depths": {alias: member.stack.depth for alias, member in members.items()},
-        "prefixes": {alias: member.stack.prefix for alias, member in members.items()},
-        "progress": progress and ranks.main,
-        "memory": memory,
-        "ranks": ranks,
-        "cache": measurement_cache(),
-    }
+def _running(members: Mapping[str, Member], progress: bool, memory: int | None, ranks: Ranks) -> Running:
+    """The models, fetched as a whole where they are on the Hub."""
+    from layercut.engine import Running
+
+    return Running(
+        {alias: fetching.fetch_whole(member.checkpoint, progress=progress) for alias, member in members.items()},
+        {alias: member.stack.depth for alias, member in members.items()},
+        {alias: member.stack.prefix for alias, member in members.items()},
+        progress=progress and ranks.main,
+        memory=memory,
+        ranks=ranks,
+        cache=measurement_cache(),
+    )
 
 
 def analyze(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -38,51 +39,56 @@ READ_AHEAD = 8
 """Batches whose samples are sorted by length together, so that a batch has few pads."""
 
 
-def measure(
-    models: Mapping[str, Checkpoint],
-    metrics: Sequence[Metric],
-    calibration: Calibration,
-    *,
-    depths: Mapping[str, int],
-    prefixes: Mapping[str, str] | None = None,
-    progress: bool = True,
-    dtype: str | None = None,
-    device: str | None = None,
-    memory: int | None = None,
-    ranks: Ranks = ALONE,
-    cache: Path | None = None,
-    question: Question | None = None,
-) -> Measurement:
+class Running(NamedTuple):
+    """Models, whole and on this machine, and how they are run."""
+
+    models: Mapping[str, Checkpoint]
+    depths: Mapping[str, int]
+    """The number of layers of each model."""
+    prefixes: Mapping[str, str] = MappingProxyType({})
+    """Where the checkpoint of each model keeps its layers."""
+    progress: bool = True
+    dtype: str | None = None
+    device: str | None = None
+    memory: int | None = None
+    """Bytes that the process may take; None for what is free. Models that do not fit are streamed layer by layer."""
+    ranks: Ranks = ALONE
+    """The processes that share the samples; every one of them is given what was measured."""
+    cache: Path | None = None
+    """A folder where measurements are kept: what was measured before on the same weights, tokens and settings costs no forward and is the
+    same to the last bit."""
+
+    @property
+    def where(self) -> torch.device:
+        """The device of this process."""
+        return pick_device(self.device, self.ranks.seat.local_rank)
+
+
+def measure(running: Running, metrics: Sequence[Metric], calibration: Calibration, question: Question | None = None) -> Measurement:
     """Measure the distances between all boundaries of all models on the same tokens.
 
-    `depths` gives the number of layers of each model and `prefixes` where its checkpoint keeps them. The result has a table
-    for each metric and each pair of models (a, b) with a before or equal to b, of (depth of a + 1) x (depth of b + 1)
-    distances. Metrics that are directed have a table for (b, a) as well. Standard errors take the sample as the unit.
+    The result has a table for each metric and each pair of models (a, b) with a before or equal to b, of (depth of a + 1) x (depth of
+    b + 1) distances. Metrics that are directed have a table for (b, a) as well. Standard errors take the sample as the unit.
 
-    `memory` is what the process may take, in bytes; None for what is free. Models that do not fit are streamed layer by layer.
-    `ranks` are the processes that share the samples; every one of them is given the measurement. `cache` is a folder where measurements
-    are kept: what was measured before on the same weights, tokens and settings costs no forward and is the same to the last bit. With
-    `samples: auto` that is what was settled before for the same question.
-    `question` tells what is chosen on a measurement: with `samples: auto` text is taken until that is settled; the nearest blocks of all
-    sizes if not given.
+    `question` tells what is chosen on a measurement: with `samples: auto` text is taken until that is settled, and what was settled before
+    for the same question is found in the cache; the nearest blocks of all sizes if not given.
 
     Raises CalibrationError when the text does not do, CheckpointError when a model does not load, runs out of finite
     numbers or has no layers where they should be, and RefusedError when two models cannot be compared.
     """
     for metric in metrics:
         check_index(metric.token, calibration.max_length, metric.label, f"max_length is {calibration.max_length}", "raise max_length")
-    where = pick_device(device, ranks.seat.local_rank)
-    alike = any(model.config.get("model_type") in PADDED for model in models.values())
+    alike = any(model.config.get("model_type") in PADDED for model in running.models.values())
     labels = tuple(dict.fromkeys(metric.label for metric in metrics))
-    settings = Settings(calibration, where, dtype, memory, ranks.seat.world, depths, prefixes or {}, question or BEST_BLOCKS, labels, alike)
-    reading = _read(models, calibration, metrics)  # before the models: text fails faster than they load
-    shelf = None if cache is None else Shelf(cache, models, reading.text, settings, ranks, progress)
+    settings = Settings(running, calibration, running.where, question or BEST_BLOCKS, labels, alike)
+    reading = _read(running.models, calibration, metrics)  # before the models: text fails faster than they load
+    shelf = None if running.cache is None else Shelf(running.cache, settings, reading.text)
     lacking = missing(None if shelf is None else shelf.known, labels)
     if shelf is not None and shelf.known is not None and not lacking:
         told = {**shelf.known.details, **reading.account(shelf.known.samples)}  # of the text as it is read now
         return only(shelf.known.model_copy(update={"details": told}), labels)
     wanted = [metric for metric in metrics if metric.label in lacking]
-    return only(_run(models, wanted, reading, settings, shelf, ranks, progress), labels)
+    return only(_run(wanted, reading, settings, shelf), labels)
 
 
 def _read(models: Mapping[str, Checkpoint], calibration: Calibration, metrics: Sequence[Metric]) -> Reading:
@@ -107,13 +113,9 @@ def _family(metrics: Sequence[Metric]) -> list[Metric]:
 class Settings(NamedTuple):
     """All that numbers depend on besides the models and the text."""
 
+    running: Running
     calibration: Calibration
     device: torch.device
-    dtype: str | None
-    memory: int | None
-    world: int
-    depths: Mapping[str, int]
-    prefixes: Mapping[str, str]
     question: Question
     labels: Sequence[str]
     alike: bool = False
@@ -131,11 +133,11 @@ class Settings(NamedTuple):
             **asked,
             "calibration": self.calibration.model_dump(mode="json"),
             "device": str(self.device) if self.device.type != "cuda" else torch.cuda.get_device_name(self.device),
-            "dtype": self.dtype,
-            "memory": self.memory,
-            "world": self.world,
-            "depths": dict(self.depths),
-            "prefixes": dict(self.prefixes),
+            "dtype": self.running.dtype,
+            "memory": self.running.memory,
+            "world": self.running.ranks.seat.world,
+            "depths": dict(self.running.depths),
+            "prefixes": dict(self.running.prefixes),
             "versions": [__version__, torch.__version__, transformers.__version__],
         }
 
@@ -143,17 +145,18 @@ class Settings(NamedTuple):
 class Shelf:
     """The place of one measurement in the cache. The main rank reads and writes it."""
 
-    def __init__(self, root: Path, models: Mapping[str, Checkpoint], text: Text, settings: Settings, ranks: Ranks, progress: bool) -> None:
-        self._cache, self._depths = Measurements(root), settings.depths
+    def __init__(self, root: Path, settings: Settings, text: Text) -> None:
+        running, ranks = settings.running, settings.running.ranks
+        self._cache = Measurements(root)
         self.known: Measurement | None = None
         if ranks.main:
-            self._key = key_of(models, text.sequences, settings.as_json())
-            self.known = self._cache.find(self._key, self._depths)
+            self._key = key_of(running.models, text.sequences, settings.as_json())
+            self.known = self._cache.find(self._key, running.depths)
             ranks.hand_out("known", "" if self.known is None else self.known.model_dump_json())
         else:
             found = ranks.hand_out("known")
             self.known = Measurement.model_validate_json(found) if found else None
-        if self.known is not None and progress and ranks.main:
+        if self.known is not None and running.progress and ranks.main:
             print(f"measured before: {len(self.known.tables)} tables come from {root / FOLDER}", file=sys.stderr)
 
     def keep(self, measurement: Measurement) -> Measurement:
@@ -163,21 +166,14 @@ class Shelf:
         return whole if self.known is None else whole.model_copy(update={"details": self.known.details})
 
 
-def _run(
-    models: Mapping[str, Checkpoint],
-    metrics: Sequence[Metric],
-    reading: Reading,
-    settings: Settings,
-    shelf: Shelf | None,
-    ranks: Ranks,
-    progress: bool,
-) -> Measurement:
+def _run(metrics: Sequence[Metric], reading: Reading, settings: Settings, shelf: Shelf | None) -> Measurement:
     """Run the models, and keep what was measured. Every rank is given the same."""
-    where, memory, local = settings.device, settings.memory, ranks.seat.local_world
-    sources = [Source(alias, model, settings.depths[alias], settings.prefixes.get(alias)) for alias, model in models.items()]
-    schedule, reason = pick_schedule(sources, where, settings.dtype, memory, sharers=local, progress=progress)
+    running, ranks, where = settings.running, settings.running.ranks, settings.device
+    sources = [Source(alias, model, running.depths[alias], running.prefixes.get(alias)) for alias, model in running.models.items()]
+    sharers = ranks.seat.local_world
+    schedule, reason = pick_schedule(sources, where, running.dtype, running.memory, sharers=sharers, progress=running.progress)
     found = metrics if shelf is None or settings.asks else _family(metrics)
-    looked = _look(schedule, found, reading.text, settings, ranks, progress)
+    looked = _look(schedule, found, reading.text, settings)
     if looked is None:
         return Measurement.model_validate_json(ranks.hand_out("measurement"))
     details = _details(schedule.models, reading, looked.used.samples, where, reason)
@@ -200,22 +196,15 @@ class Looked(NamedTuple):
     verdicts: list[Verdict]
 
 
-def _look(
-    schedule: Schedule,
-    metrics: Sequence[Metric],
-    text: Text,
-    settings: Settings,
-    ranks: Ranks,
-    progress: bool,
-) -> Looked | None:
+def _look(schedule: Schedule, metrics: Sequence[Metric], text: Text, settings: Settings) -> Looked | None:
     """Run the models over the text: all of it, or look by look until what is asked is settled. None on ranks that are not the main one."""
-    calibration, length = settings.calibration, len(text.ids)
+    calibration, ranks, length = settings.calibration, settings.running.ranks, len(text.ids)
     auto = calibration.samples if isinstance(calibration.samples, Auto) else None
     sizes = [length] if auto is None else look_sizes(auto.least, min(auto.most, length))
     looks = 1 if auto is None else len(look_sizes(auto.least, auto.most))
     seen: Accumulators | None = None
     used, verdicts, done = Used(), list[Verdict](), 0
-    with tqdm(total=sizes[-1], desc="measuring", unit="sample", disable=not progress, leave=False) as bar, quiet():
+    with tqdm(total=sizes[-1], desc="measuring", unit="sample", disable=not settings.running.progress, leave=False) as bar, quiet():
         for size in sizes:
             now, mine = Accumulators(schedule.models, metrics, keep=auto is not None), Used()
             taken = batches(text, done, size, calibration.batch_size, settings.alike)

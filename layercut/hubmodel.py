@@ -191,7 +191,7 @@ class HubModel:
 def header_span(mirror: Mirror, name: str, file: Listed) -> Span:
     """The bytes of the header, as far as they are known: the first ones, as long as these are not here."""
     first = Span(0, min(FIRST, file.size))
-    if file.size < 8 or mirror.missing(name, file, [Span(0, 8)]):
+    if mirror.missing(name, file, [Span(0, 8)]):
         return first
     with (mirror.folder / name).open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

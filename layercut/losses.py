@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,19 +21,17 @@ from tqdm import tqdm
 
 from layercut.caches import cache_folder
 from layercut.calibration import Auto, Calibration
-from layercut.checkpoint import Checkpoint
 from layercut.encoding import SharedTokenizer
-from layercut.engine import batches
+from layercut.engine import Running, batches
 from layercut.errors import CalibrationError, CheckpointError, LayercutError
 from layercut.exceptions import PADDED
 from layercut.fitting import PROBE, Fitter, Studio
-from layercut.loading import load_tokenizer, pick_device, quiet
+from layercut.loading import load_tokenizer, quiet
 from layercut.measurements import Measurements, key_of
 from layercut.memory import give_back
 from layercut.perplexity import CHUNK_BYTES, LOGIT_BYTES
 from layercut.plan import Measurement
 from layercut.players import Player, Recorded, module_of
-from layercut.ranks import ALONE, Ranks
 from layercut.reading import Reading, Text, read
 from layercut.relay import Place, Relay
 from layercut.resident import padded
@@ -64,27 +61,15 @@ class Book:
 class Meter:
     """Runs stacks of the layers of some models on the calibration text of a recipe, and keeps what they lose (`trials.Losses`)."""
 
-    def __init__(
-        self,
-        models: Mapping[str, Checkpoint],
-        calibration: Calibration,
-        *,
-        depths: Mapping[str, int],
-        prefixes: Mapping[str, str],
-        progress: bool = True,
-        dtype: str | None = None,
-        device: str | None = None,
-        memory: int | None = None,
-        ranks: Ranks = ALONE,
-        cache: Path | None = None,
-    ) -> None:
-        """Parameters are those of `engine.measure`. Nothing is loaded before a loss is asked for that is not known."""
+    def __init__(self, running: Running, calibration: Calibration) -> None:
+        """Nothing is loaded before a loss is asked for that is not known."""
         if isinstance(calibration.samples, Auto):
             hint = "give a number of samples, or choose by distance"
             raise CalibrationError("samples: auto cannot tell whether a choice by loss is settled", hint=hint)
-        self._models, self._calibration, self._depths, self._prefixes = dict(models), calibration, dict(depths), dict(prefixes)
-        self._device, self._dtype, self._memory = pick_device(device, ranks.seat.local_rank), dtype, memory
-        self._ranks, self._cache, self._progress = ranks, cache, progress and ranks.main
+        self._models, self._calibration = dict(running.models), calibration
+        self._depths, self._prefixes = dict(running.depths), dict(running.prefixes)
+        self._device, self._dtype, self._memory = running.where, running.dtype, running.memory
+        self._ranks, self._cache, self._progress = running.ranks, running.cache, running.progress and running.ranks.main
         self._books: dict[Part, Book] = {}
         self._players: dict[str, Player] = {}
         self._relay: Relay | None = None

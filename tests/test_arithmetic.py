@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
-import subprocess
-import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import failure
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -60,9 +57,7 @@ def run(tmp_path, parts, *, dtype, factors=(), compute=None, shape=SHAPE, offset
 
 
 def overflow(tmp_path, parts, **how):
-    with pytest.raises(OutputError) as caught:
-        run(tmp_path, parts, **how)
-    return str(caught.value)
+    return failure(OutputError, lambda: run(tmp_path, parts, **how))
 
 
 # By hand, without torch
@@ -187,34 +182,18 @@ def test_pieces_do_not_show(tmp_path, parts, dtype, compute, factors, piece):
     assert run(tmp_path, single, shape=(1,), **how) == whole[31 * width : 32 * width]
 
 
-THREADS = """
-import sys
-from contextlib import ExitStack
-from pathlib import Path
-import torch
-from layercut.arithmetic import write_made
-from layercut.copying import SourceFiles
-from layercut.plan import TensorMade
-torch.set_num_threads(int(sys.argv[4]))
-with ExitStack() as stack, open(sys.argv[2], "wb") as target:
-    made = TensorMade.model_validate_json(sys.argv[1])
-    write_made(made, {"m": Path(sys.argv[3])}, SourceFiles(stack), target.fileno(), 0, lambda count: None)
-"""
-
-
 def test_threads_do_not_show(tmp_path):
-    shape, count = (1_000_003,), 1_000_003
+    shape, before, written = (1_000_003,), torch.get_num_threads(), []
     values = random_tensor("F32", 5, shape)
     values[::1001] = math.nan
-    (tmp_path / "source").write_bytes(raw(values) * 2)
-    parts = [Part(model="m", file="source", begin=4 * count * n, end=4 * count * (n + 1), dtype="F32", weight=0.3) for n in (0, 1)]
-    made = TensorMade(name="w", dtype="BF16", shape=shape, parts=parts, factors=(0.7,))
-    for threads in ("1", "3"):
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(Path(arithmetic.__file__).parents[1])}
-        command = [sys.executable, "-c", THREADS, made.model_dump_json(), tmp_path / threads, tmp_path, threads]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.get_num_threads() == threads
+            written.append(run(tmp_path, [(values, "F32", 0.3)] * 2, dtype="BF16", factors=(0.7,), shape=shape))
+    finally:
+        torch.set_num_threads(before)
+    assert written[0] == written[1]
 
 
 # Zeros

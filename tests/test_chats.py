@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, chat_tokenizer
+from conftest import CHATML, chat_tokenizer, failure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,10 +74,7 @@ def written(text: str, talk: Conversation = TALK, **special: Any) -> list[str]:
 
 
 def fault(call: Any, kind: type[Exception] = CalibrationError) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return failure(kind, call)
 
 
 # The text

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import failure
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,10 +51,7 @@ def sharded(tmp_path: Path) -> Path:
 
 def refusal(folder: Path, where: str = "") -> str:
     """The message, after the place: `where` inside the folder."""
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(folder)
-    text = str(caught.value)
-    assert "\n" not in text
+    text = failure(CheckpointError, lambda: open_checkpoint(folder))
     place = f"{folder}/{where}: " if where else f"{folder}: "
     assert text.startswith(place), text
     return text.removeprefix(place)

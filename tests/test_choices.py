@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_checkpoint
+from conftest import failure, write_checkpoint
 
 from layercut.architecture import Member, find_stack
 from layercut.checkpoint import Checkpoint, open_checkpoint
@@ -91,9 +91,7 @@ def parameters(plan: Plan) -> int:
 
 
 def said(*arguments: Any, **more: Any) -> str:
-    with pytest.raises(RecipeError) as caught:
-        pruned(*arguments, **more)
-    return str(caught.value)
+    return failure(RecipeError, lambda: pruned(*arguments, **more))
 
 
 # The outputs of a layer
@@ -415,9 +413,7 @@ def searched(model: Checkpoint, prune: str, run: Any, measure: Any = never, more
 
 
 def complaint(*arguments: Any, **more: Any) -> str:
-    with pytest.raises(LayercutError) as caught:
-        searched(*arguments, **more)
-    return str(caught.value)
+    return failure(LayercutError, lambda: searched(*arguments, **more))
 
 
 def kept(plan: Plan) -> list[int]:

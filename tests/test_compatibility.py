@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_checkpoint
+from conftest import failure, write_checkpoint
 
 from layercut.architecture import Member, find_stack
 from layercut.checkpoint import open_checkpoint
@@ -48,9 +48,7 @@ def check(one: Member, two: Member, *, inexact: bool = False) -> tuple[str, ...]
 
 
 def refusal(one: Member, two: Member, *, inexact: bool = False) -> str:
-    with pytest.raises(RefusedError) as caught:
-        check(one, two, inexact=inexact)
-    return str(caught.value)
+    return failure(RefusedError, lambda: check(one, two, inexact=inexact))
 
 
 def yarn(**more: Any) -> dict[str, Any]:

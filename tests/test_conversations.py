@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from conftest import failure
 
 from layercut.conversations import exchange, is_answered, is_conversation, messages
 from layercut.errors import CalibrationError
@@ -13,9 +14,7 @@ OPENAI = [{"role": "system", "content": "be brief"}, {"role": "user", "content":
 
 
 def fault(value: list[Any]) -> str:
-    with pytest.raises(CalibrationError) as caught:
-        messages(value, "a.jsonl:3")
-    return str(caught.value)
+    return failure(CalibrationError, lambda: messages(value, "a.jsonl:3"))
 
 
 def test_roles_and_contents() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import failure
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,9 +18,7 @@ def reader(value: str = "null") -> Reader:
 
 
 def refusal(call: Any) -> str:
-    with pytest.raises(RecipeError) as caught:
-        call()
-    return str(caught.value)
+    return failure(RecipeError, call)
 
 
 @pytest.mark.parametrize(

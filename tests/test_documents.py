@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import failure
 
 from layercut import documents as module
 from layercut.calibration import BuiltinSource, HubSource, Source, TextSource
@@ -27,11 +28,7 @@ def read(path: Path | str, column: str | None = None) -> list[Any]:
 
 
 def message(call: Callable[[], object]) -> str:
-    with pytest.raises(CalibrationError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+    return failure(CalibrationError, call)
 
 
 def write(path: Path, text: str) -> Path:

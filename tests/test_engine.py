@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import byte_tokenizer, chat_tokenizer, tiny_model
+from conftest import byte_tokenizer, chat_tokenizer, failure, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -24,7 +24,7 @@ from torch import nn
 from layercut import accumulators, encoding, engine, memory, schedules
 from layercut.calibration import BuiltinCalibration, TextCalibration
 from layercut.checkpoint import open_checkpoint
-from layercut.engine import measure
+from layercut.engine import Running, measure
 from layercut.errors import CalibrationError, CheckpointError, LayercutError, RefusedError
 from layercut.loading import bos_prefix, layers_of, load_backbone, load_tokenizer, pick_device
 from layercut.metrics import Angular, Cosine, Metric
@@ -50,7 +50,8 @@ def jsonl(path: Path, texts: Sequence[str]) -> TextCalibration:
 
 def run(folders: dict[str, Path], metrics: Sequence[Metric], calibration: Any, depths: int = 6, **options: Any) -> Measurement:
     models = {alias: open_checkpoint(folder) for alias, folder in folders.items()}
-    return measure(models, metrics, calibration, depths=dict.fromkeys(models, depths), progress=False, **options)
+    question = options.pop("question", None)
+    return measure(Running(models, dict.fromkeys(models, depths), progress=False, **options), metrics, calibration, question)
 
 
 def states_of(folder: Path, ids: list[int], dtype: str = "float32") -> list[list[list[float]]]:
@@ -197,7 +198,7 @@ def test_small_chunks_give_the_same(tiny: Tiny, tmp_path: Path, monkeypatch: pyt
 def test_two_models_share_one_pass(tiny: Tiny, tmp_path: Path) -> None:
     a, b = tiny("llama"), tiny("qwen3", layers=4, seed=3)
     models = {"a": open_checkpoint(a), "b": open_checkpoint(b)}
-    found = measure(models, [Angular(), Cosine()], jsonl(tmp_path / "t.jsonl", TEXTS), depths={"a": 6, "b": 4}, progress=False)
+    found = measure(Running(models, {"a": 6, "b": 4}, progress=False), [Angular(), Cosine()], jsonl(tmp_path / "t.jsonl", TEXTS))
     assert [(t.metric, t.a, t.b) for t in found.tables] == [
         (metric, *pair) for metric in ("angular[last]", "cosine[all]") for pair in (("a", "a"), ("a", "b"), ("b", "b"))
     ]
@@ -392,7 +393,7 @@ def test_transformers_and_warnings_are_put_back(tiny: Tiny, tmp_path: Path, capf
 
 def test_progress_goes_to_stderr(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     models = {"m": open_checkpoint(tiny("llama"))}
-    measure(models, [Cosine()], jsonl(tmp_path / "t.jsonl", TEXTS), depths={"m": 6})
+    measure(Running(models, {"m": 6}), [Cosine()], jsonl(tmp_path / "t.jsonl", TEXTS))
     out, err = capfd.readouterr()
     assert out == ""
     assert "measuring" in err
@@ -482,10 +483,7 @@ def test_a_suffix_that_the_tokenizer_adds_is_left_out() -> None:
 
 
 def refused(kind: type[LayercutError], *args: Any, **kwargs: Any) -> str:
-    with pytest.raises(kind) as caught:
-        run(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return failure(kind, lambda: run(*args, **kwargs))
 
 
 def test_texts_that_are_too_short(tiny: Tiny, tmp_path: Path) -> None:

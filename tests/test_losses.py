@@ -29,6 +29,7 @@ from layercut.checkpoint import open_checkpoint
 from layercut.cli import main
 from layercut.disclosure import disclosed
 from layercut.encoding import SharedTokenizer
+from layercut.engine import Running
 from layercut.errors import CalibrationError, CheckpointError, LayercutError, RecipeError, RefusedError
 from layercut.loading import load_tokenizer
 from layercut.losses import Meter
@@ -62,7 +63,7 @@ def meter(calibration: Calibration = TEXT, *folders: Path, **options: Any) -> Me
     stacks = {alias: find_stack(model) for alias, model in models.items()}
     depths = {alias: stack.depth for alias, stack in stacks.items()}
     prefixes = {alias: stack.prefix for alias, stack in stacks.items()}
-    return Meter(models, calibration, depths=depths, prefixes=prefixes, progress=False, **options)
+    return Meter(Running(models, depths, prefixes, progress=False, **options), calibration)
 
 
 def layers(*indices: int, model: str = "m") -> Stack:
@@ -641,7 +642,7 @@ def test_two_processes_choose_what_one_chooses(able: Path, documents: Path, tmp_
 def test_progress_goes_to_stderr(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = open_checkpoint(tiny("llama"))
     stack = find_stack(checkpoint)
-    shown = Meter({"m": checkpoint}, TEXT, depths={"m": stack.depth}, prefixes={"m": stack.prefix}, progress=True)
+    shown = Meter(Running({"m": checkpoint}, {"m": stack.depth}, {"m": stack.prefix}), TEXT)
     shown.losses([removed(6), removed(6, 1)])
     out, err = capsys.readouterr()
     assert out == "" and "losses of 2 stacks:" in err and "/10 " in err

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import failure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,11 +23,7 @@ def read(text: str) -> Translation:
 
 
 def refusal(text: str) -> str:
-    with pytest.raises(RecipeError) as caught:
-        read(text)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return failure(RecipeError, lambda: read(text))
 
 
 def stacked(*slices: tuple[str, int, int]) -> list[dict[str, Any]]:

@@ -122,6 +122,11 @@ def test_no_rounding_leads_out_of_range(state: list[float], scale: float) -> Non
     assert inner.gaps[0, 0, 1] == 0.0
 
 
+def test_states_that_are_equal_but_for_rounding_are_at_no_distance() -> None:
+    inner = Inner(torch.tensor([[[1.0, 1 + 1e-12], [1 + 1e-12, 1.0]]], dtype=torch.float64))
+    assert inner.gaps.tolist() == [[[0, 0], [0, 0]]] and inner.cosines.tolist() == [[[1, 1], [1, 1]]]
+
+
 def test_what_is_not_finite_stays_so() -> None:
     inner = gram([math.inf, 0], [1, 0])
     assert not inner.gaps[0, 0, 1].isfinite() and not inner.cosines[0, 0, 1].isfinite()

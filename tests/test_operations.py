@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_tensors, write_checkpoint
+from conftest import byte_tensors, failure, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
@@ -62,9 +62,7 @@ def indices(stack: Stack) -> list[int]:
 
 
 def refusal(call: Callable[[], Any]) -> str:
-    with pytest.raises(RecipeError) as caught:
-        call()
-    return str(caught.value)
+    return failure(RecipeError, call)
 
 
 def make(name: str, **fields: Any) -> Operation:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import CHATML, byte_tokenizer, chat_tokenizer
+from conftest import CHATML, byte_tokenizer, chat_tokenizer, failure
 
 from layercut import memory
 from layercut import perplexity as module
@@ -52,10 +52,7 @@ def ids_of(folder: Path, text: str) -> list[int]:
 
 
 def message(call: Callable[[], object], kind: type[Exception] = CalibrationError) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return failure(kind, call)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma3_text"])

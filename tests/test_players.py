@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, failure
 
 from layercut.architecture import find_stack
 from layercut.checkpoint import open_checkpoint
@@ -45,9 +45,7 @@ def player(folder: Path, wanted: str | None = None, dtype: str | None = None) ->
 
 
 def said(work: Callable[[], Any]) -> str:
-    with pytest.raises(LayercutError) as caught:
-        work()
-    return str(caught.value)
+    return failure(LayercutError, work)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma3_text"])

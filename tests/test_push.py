@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_tensors, write_checkpoint
+from conftest import byte_tensors, failure, write_checkpoint
 from hub import CANARY, SIGNATURE, Hub, User, hasty, loopback
 from huggingface_hub import ModelCard, snapshot_download
 
@@ -66,10 +66,7 @@ def commits(hub: Hub, repo: str = "me/cut", revision: str = "main") -> list[str]
 
 def refused(folder: Path, repo: str = "me/cut", **choices: object) -> str:
     """The one line that is said."""
-    with pytest.raises(LayercutError) as caught:
-        push(folder, repo, **choices)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return failure(LayercutError, lambda: push(folder, repo, **choices))
 
 
 def sent(hub: Hub) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, byte_tokenizer, chat_tokenizer
+from conftest import CHATML, byte_tokenizer, chat_tokenizer, failure
 
 from layercut.calibration import Calibration, MixCalibration, TextCalibration, TextPart
 from layercut.encoding import SharedTokenizer
@@ -36,9 +36,7 @@ def said(found: Reading, tokenizer: Any = BYTES) -> list[str]:
 
 
 def fault(*arguments: Any) -> str:
-    with pytest.raises(CalibrationError) as caught:
-        reading(*arguments)
-    return str(caught.value)
+    return failure(CalibrationError, lambda: reading(*arguments))
 
 
 def mix(tmp_path: Path, counts: Sequence[int], weights: Sequence[float], **settings: Any) -> MixCalibration:

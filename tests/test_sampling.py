@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
+from conftest import failure
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,9 +69,7 @@ def strings(*arguments: Any, **settings: Any) -> list[str]:
 
 
 def fault(*arguments: Any, **settings: Any) -> str:
-    with pytest.raises(CalibrationError) as caught:
-        cut(*arguments, **settings)
-    return str(caught.value)
+    return failure(CalibrationError, lambda: cut(*arguments, **settings))
 
 
 def talk(*turns: str, place: str = "a:1") -> Passage:

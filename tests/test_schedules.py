@@ -14,7 +14,7 @@ from layercut import memory, schedules
 from layercut.calibration import TextCalibration
 from layercut.checkpoint import open_checkpoint
 from layercut.cli import main
-from layercut.engine import measure
+from layercut.engine import Running, measure
 from layercut.errors import CalibrationError
 from layercut.loading import settled_dtype
 from layercut.memory import Room
@@ -114,7 +114,7 @@ def test_measure_gives_the_same_either_way(tiny: Tiny, free: Callable[[int], Non
     def measured(size: int) -> Any:
         free(size)
         calibration = TextCalibration(path=str(text), max_length=20, batch_size=3)
-        return measure({"m": open_checkpoint(tiny())}, [Angular(), Cosine()], calibration, depths={"m": 6}, progress=False)
+        return measure(Running({"m": open_checkpoint(tiny())}, {"m": 6}, progress=False), [Angular(), Cosine()], calibration)
 
     whole, streamed = measured(10**9), measured(300_000)
     assert streamed.tables == whole.tables and (streamed.samples, streamed.tokens) == (whole.samples, whole.tokens)

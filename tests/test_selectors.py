@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from conftest import failure
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
@@ -27,9 +28,7 @@ def chosen(at: Any, depth: int = 10, key: str = "at") -> list[int]:
 
 
 def refusal(call: Callable[[], Any]) -> str:
-    with pytest.raises(RecipeError) as caught:
-        call()
-    return str(caught.value)
+    return failure(RecipeError, call)
 
 
 @pytest.mark.parametrize(

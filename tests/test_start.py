@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_tensors, write_checkpoint
+from conftest import byte_tensors, failure, write_checkpoint
 
 from layercut.architecture import Member, find_stack
 from layercut.boundaries import Window
@@ -36,9 +36,7 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Member]:
 
 def refusal(text: str, members: Mapping[str, Member]) -> str:
     recipe = read(text)
-    with pytest.raises(LayercutError) as caught:
-        reachable_depth(recipe, find_windows(recipe, members), members)
-    return str(caught.value)
+    return failure(LayercutError, lambda: reachable_depth(recipe, find_windows(recipe, members), members))
 
 
 # Models
