@@ -10,9 +10,12 @@ healed cut loses more than the plain one on the text that maps are taken on.
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 import time
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +98,7 @@ def page(base: Loss, found: dict[int, list[Outcome]], ridges: dict[float, Outcom
 
 def main(given: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__, samples=24, length=256, judged=24)
-    parser.add_argument("--ridges", type=float, nargs="*", default=[1e-6, 1e-3, 0.1, 1.0], help="tried on the block of the second count")
+    parser.add_argument("--ridges", type=float, nargs="*", default=[1e-3, 1e-2, 1.0], help="tried on the block of the second count")
     arguments = parser.parse_args(given)
     torch.set_num_threads(1)
     began = time.process_time()
@@ -107,7 +110,8 @@ def main(given: Sequence[str] | None = None) -> int:
     about = (
         f"Layers were chosen (distances: {METRIC.label})\nand maps fitted on {arguments.samples} windows of {arguments.length} tokens, "
         f"taken on {arguments.samples} others, and judged on {len(base.counts)} more.\n"
-        f"It took {(time.process_time() - began) / 60:.0f} minutes of processor time."
+        f"{date.today().isoformat()}; {os.cpu_count()} CPUs, {platform.system()} {platform.release()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, one thread.\nIt took {(time.process_time() - began) / 60:.0f} minutes of processor time."
     )
     text = page(base, found, ridges, about)
     print(text)

@@ -135,6 +135,8 @@ class Evidence:
         """Keep what was tried to make up for a cut of `stack`."""
         (loss,) = self.losses.losses([healed.stack], "held out")
         self._note_loss(where, chosen, loss, stack, healed.attempts)
+        self.choices[-1] = self.choices[-1].model_copy(update={"maps": tuple(one.mending for one in healed.maps)})
+        self.notes += [f"{where}: the map for {named([one.block])} is not taken: {one.why}" for one in healed.maps if not one.taken]
 
     def note(
         self,
@@ -234,7 +236,7 @@ class StepSite:
     def heal(self, stack: Stack, blocks: Sequence[Block], ridge: float) -> Stack:
         found = heal(stack, blocks, ridge, self.evidence.losses)
         maps = f"a map for {named(found.taken)}" if len(found.taken) == 1 else f"maps for {named(found.taken)}"
-        words = f"{maps} folded in" if found.taken else "no map lowers the loss: the cut alone"
+        words = f"{maps} folded in" if found.taken else "no map helps: the cut alone"
         self.evidence.note_healing(f"{self._name}.heal", words, stack, found)
         return found.stack
 

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
-from layercut.errors import CalibrationError, CheckpointError, RefusedError
+from layercut.crossings import AtHand, Crossing, States, Take
+from layercut.errors import CheckpointError, RefusedError
 from layercut.fits import fault_of, keep_map, map_of, path_of
+from layercut.loading import quiet
 from layercut.measurements import Measurements
 from layercut.plan import Measurement
 from layercut.players import Player, Recorded
 from layercut.ranks import Ranks
 from layercut.resident import padded
 from layercut.stack import Fold, LayerRef, Stack
-from layercut.targets import NoTarget, Target, find_target, outputs_of
+from layercut.targets import NoTarget, Target, find_target
 from layercut.tokens import Sample
+from layercut.trials import Loss, Misses, Part
 
 PROBE = 24
 """Tokens of the text on which it is tried what can be folded into."""
@@ -29,24 +33,29 @@ HINT = "leave out heal, or remove layers with prune in place of replace"
 
 
 class Studio(NamedTuple):
-    """Models, ready to run on the calibration text."""
+    """Models, ready to run on the text."""
 
     players: Callable[[], Mapping[str, Player]]
-    module: Callable[[LayerRef], nn.Module]
-    """A layer as a stack has it."""
-    batches: Callable[[], Iterator[list[Sample]]]
-    """This rank's share of the text."""
+    at_hand: AtHand
+    cross: Callable[[Part, Crossing, Take], None]
+    """Gives the states at a seam, for each batch of this rank's share of a part of the text."""
+    counts: Callable[[Part], list[int]]
+    """Tokens of every sample of a part of the text."""
     probe: list[int]
     """The tokens of a sample."""
     device: torch.device
     ranks: Ranks
     cache: Path | None
-    key: str
-    """Names all that a fit depends on but its stacks and ridge; what was fitted before is found by it."""
+    key: Callable[[Part], str]
+    """Names all that is found on a part of the text depends on but stacks, ridge and map; what was found before is known by it."""
 
 
 class Sums(NamedTuple):
-    """Sums over tokens, in float64. M is what the module adds (d), D what is missing in the stream behind it (d)."""
+    """Sums over tokens, in float64. M is what the module adds (d), D what is missing in the stream behind it (d).
+
+    Both are in units of the length of the state that is expected: few tokens have states a hundred times as long as the others, and the
+    norm of the layer behind the seam takes the length away.
+    """
 
     gram: Tensor
     """M' M, (d, d)."""
@@ -74,24 +83,14 @@ class Sums(NamedTuple):
         return float(gain / self.missing) if self.missing > 0 else 0.0
 
 
-class States(NamedTuple):
-    """States of a batch, (samples, tokens, d) each."""
-
-    added: Tensor
-    """What the module that is mapped adds to the stream."""
-    state: Tensor
-    """What leaves its layer."""
-    aim: Tensor
-    """What leaves the layers that it stands in for."""
-
-
 class Fitter:
     """Fits maps, and keeps what was fitted."""
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
         self._shelf = None if studio.cache is None or not studio.ranks.main else Measurements(studio.cache)
-        self._known: dict[str, Any] | None = None
+        self._known: dict[Part, dict[str, Any]] = {}
+        self._probes: dict[str, Recorded] = {}
 
     def check(self, stack: Stack) -> None:
         """Raise RefusedError when a map can be folded into no layer of the stack."""
@@ -100,30 +99,26 @@ class Fitter:
             found = self._told(layer)
             if not isinstance(found, str):
                 return
-            reason = reason or f"layer {layer.index} of model '{layer.model}': {found}"
+            reason = reason or f"{_where(layer)}: {found}"
         raise RefusedError(f"no map can be folded into this model: {reason}", hint=HINT)
 
     def fit(self, given: Stack, wanted: Stack, ridge: float) -> Fold:
         """See `trials.Losses.fit`."""
         ranks, text = self._studio.ranks, json.dumps([_described(given), _described(wanted), ridge])
         name = f"fit {hashlib.sha256(text.encode()).hexdigest()}"
-        fold = _fold_of(self._recall(name))
+        fold = _fold_of(self._recall("calibration", name))
         if ranks.hand_out("fit known", "" if fold is None else "yes") != "yes":
             fold = self._fit(given, wanted, ridge)
             if fold is not None:
-                self._remember(name, fold.model_dump(mode="json"))
+                self._remember("calibration", name, fold.model_dump(mode="json"))
         return self._shared(fold)
 
     def _fit(self, given: Stack, wanted: Stack, ridge: float) -> Fold | None:
         """The fold, on the main rank."""
-        layer, target = given[-1], self._told(given[-1])
-        where = f"layer {layer.index} of model '{layer.model}'"
+        target, where = self._told(given[-1]), _where(given[-1])
         if isinstance(target, str):
             raise RefusedError(f"no map can be folded into {where}: {target}", hint=HINT)
-        try:
-            sums = self._sum(given, wanted, target)
-        except torch.OutOfMemoryError:
-            raise CalibrationError(f"out of memory on {self._studio.device}", hint="lower batch_size or max_length") from None
+        sums = self._sum(Crossing(given, wanted, target.module), self._size(given[-1], target))
         parts = self._studio.ranks.collect(sums._asdict(), {})
         if not parts:
             return None
@@ -132,7 +127,7 @@ class Fitter:
     def _solved(self, sums: Sums, target: Target, ridge: float, where: str) -> Fold:
         """The map that sums come to, kept in its file."""
         if not all(bool(part.isfinite().all()) for part in sums):
-            raise CheckpointError(f"the states at {where} are not finite", hint="measure in another dtype")
+            raise _not_finite(where)
         if not bool(sums.gram.any()):
             raise RefusedError(f"no map can be folded into {where}: {target.module} adds nothing to the stream", hint=HINT)
         try:
@@ -155,48 +150,70 @@ class Fitter:
                 keep_map(bytes.fromhex(data), made.size)
         return made
 
-    @torch.inference_mode()
-    def _sum(self, given: Stack, wanted: Stack, target: Target) -> Sums:
-        """The sums of this rank's share of the text."""
-        studio = self._studio
-        players = studio.players().values()
-        module = studio.module(given[-1]).get_submodule(target.module)
-        size = module.get_parameter("weight").shape[1 if target.columns else 0]
-        device = torch.device("cpu") if studio.device.type == "mps" else studio.device  # it has no float64
+    def _size(self, layer: LayerRef, target: Target) -> int:
+        """Elements of what a module gives for a token."""
+        module = self._studio.players()[layer.model].staged.layers[layer.index].get_submodule(target.module)
+        return module.get_parameter("weight").shape[1 if target.columns else 0]
+
+    def _sum(self, crossing: Crossing, size: int) -> Sums:
+        """The sums of this rank's share of the calibration text."""
+        device = self._sums_on
         square = torch.zeros(size, size, dtype=torch.float64, device=device)
         sums = Sums(square, square.clone(), square.new_zeros(()), square.new_zeros(()))
-        for batch in studio.batches():
-            for player in players:
-                player.limits.check(batch)
-            ids, mask = (tensor.to(studio.device) for tensor in padded(batch))
-            there = mask.bool()
-            states = self._states(ids, mask, given, wanted, target)
-            if states.state.shape != states.aim.shape:
-                raise RefusedError("a map cannot lead from one hidden size to another", hint=HINT)
-            added, state, aim = (part[there].to(device, torch.float64) for part in states)
+
+        def take(batch: Sequence[Sample], states: States) -> None:
+            there = padded(batch)[1].bool()
+            added, state, aim = (part[there.to(part.device)].to(device, torch.float64) for part in _alike(states))
+            length = _length(aim)
+            added, missing = added / length, (aim - state) / length
             sums.gram.addmm_(added.T, added)
-            sums.cross.addmm_(added.T, aim - state)
-            sums.missing.add_((aim - state).square().sum())
+            sums.cross.addmm_(added.T, missing)
+            sums.missing.add_(missing.square().sum())
             sums.tokens.add_(len(added))
+
+        self._studio.cross("calibration", crossing, take)
         return Sums(*(part.cpu() for part in sums))
 
-    def _states(self, ids: Tensor, mask: Tensor, given: Stack, wanted: Stack, target: Target) -> States:
-        """The states of a batch. Both stacks begin alike, and what they have in common runs once."""
-        recorded = {alias: player.record(ids, mask) for alias, player in self._studio.players().items()}
-        own, other = (tuple(layer for layer in stack if not layer.identity) for stack in (given[:-1], wanted))
-        alike = next((at for at, (one, two) in enumerate(zip(own, other, strict=False)) if one != two), min(len(own), len(other)))
-        state = self._run(recorded, recorded[given[0].model].state.clone(), own[:alike])
-        aim = state.clone()
-        state = self._run(recorded, state, own[alike:])
-        module = self._studio.module(given[-1])
-        with outputs_of(module.get_submodule(target.module)) as outs:
-            state = recorded[given[-1].model].run(given[-1].index, module, state).clone()
-        return States(outs[0].reshape(state.shape), state, self._run(recorded, aim, other[alike:]))
+    # How far it leads
 
-    def _run(self, recorded: Mapping[str, Recorded], state: Tensor, layers: Stack) -> Tensor:
-        for layer in layers:
-            state = recorded[layer.model].run(layer.index, self._studio.module(layer), state)
-        return state
+    def misses(self, given: Stack, wanted: Stack, fold: Fold) -> Misses:
+        """See `trials.Losses.misses`."""
+        ranks, counts = self._studio.ranks, self._studio.counts("held out")
+        text = json.dumps([_described(given), _described(wanted), fold.sha256])
+        name = f"miss {hashlib.sha256(text.encode()).hexdigest()}"
+        rows = _rows_of(self._recall("held out", name), len(counts))
+        known = json.loads(ranks.hand_out("miss known", json.dumps(rows)))
+        if known is None:
+            found = ranks.collect({"misses": self._missed(Crossing(given, wanted, fold.module), fold, len(counts))}, {})
+            rows = torch.stack([state["misses"] for state, _ in found]).sum(0).tolist() if found else None
+            known = json.loads(ranks.hand_out("miss", json.dumps(rows)))
+            if not all(math.isfinite(one) for row in known for one in row):
+                raise _not_finite(_where(given[-1]))
+            self._remember("held out", name, known)
+        return Misses(*(Loss(tuple(row), tuple(counts)) for row in known))
+
+    def _missed(self, crossing: Crossing, fold: Fold, samples: int) -> Tensor:
+        """Sums over the tokens of every held-out sample of this rank's share, without and with the map: (2, samples)."""
+        device = self._sums_on
+        change = map_of(fold.sha256, fold.size).to(device, torch.float64)
+        change.diagonal().sub_(1)
+        found = torch.zeros(2, samples, dtype=torch.float64)
+
+        def take(batch: Sequence[Sample], states: States) -> None:
+            there = padded(batch)[1].bool()
+            added, state, aim = (part.to(device, torch.float64) for part in _alike(states))
+            missing = aim - state
+            for row, error in enumerate((missing, missing - added @ change)):
+                shares = (error / _length(aim)).square().sum(-1)
+                found[row, [sample.number for sample in batch]] = shares.cpu().where(there, 0.0).sum(1)
+
+        self._studio.cross("held out", crossing, take)
+        return found
+
+    @property
+    def _sums_on(self) -> torch.device:
+        """Where there is float64."""
+        return torch.device("cpu") if self._studio.device.type == "mps" else self._studio.device
 
     # What a map can be folded into
 
@@ -205,24 +222,21 @@ class Fitter:
         ranks, told = self._studio.ranks, None
         if ranks.main:
             name = f"target {json.dumps(_described((layer,)))}"
-            told = self._recall(name)
+            told = self._recall("calibration", name)
             if not isinstance(told, str) and not (isinstance(told, list) and [type(one) for one in told] == [str, bool]):
                 told = self._tried(layer)
-                self._remember(name, told)
+                self._remember("calibration", name, told)
         told = json.loads(ranks.hand_out("target", json.dumps(told)))
         return told if isinstance(told, str) else Target(*told)
 
-    @torch.inference_mode()
     def _tried(self, layer: LayerRef) -> Target | str:
         if layer.identity:
             return "it adds nothing"
-        studio = self._studio
-        player = studio.players()[layer.model]
-        ids = torch.tensor([studio.probe], device=studio.device)
-        recorded = player.record(ids, torch.ones_like(ids))
-        module = studio.module(layer)
+        player = self._studio.players()[layer.model]
+        recorded = self._probed(layer.model, player)
         try:
-            target = find_target(module, recorded.state.shape[-1], lambda: recorded.run(layer.index, module, recorded.state.clone()))
+            with self._studio.at_hand(layer) as module, torch.inference_mode(), quiet():
+                target = find_target(module, recorded.state.shape[-1], lambda: recorded.run(layer.index, module, recorded.state.clone()))
             held = player.weights(layer.index)
         except NoTarget as error:
             return str(error)
@@ -232,21 +246,54 @@ class Fitter:
             return f"its file has no {target.module}.weight"
         return target
 
+    def _probed(self, alias: str, player: Player) -> Recorded:
+        """A model that has read the probe; read once."""
+        if alias not in self._probes:
+            ids = torch.tensor([self._studio.probe], device=self._studio.device)
+            with player.rest():
+                self._probes[alias] = player.record(ids, torch.ones_like(ids))
+        return self._probes[alias]
+
+    def release(self) -> None:
+        """Forget the models, but not what was found with them."""
+        self._probes.clear()
+
     # What was found before
 
-    def _recall(self, name: str) -> Any:
-        if self._known is None:
-            entry = None if self._shelf is None else self._shelf.find(self._studio.key, {})
+    def _recall(self, part: Part, name: str) -> Any:
+        if part not in self._known:
+            entry = None if self._shelf is None else self._shelf.find(self._studio.key(part), {})
             found = None if entry is None else entry.details.get("folds")
-            self._known = found if isinstance(found, dict) else {}
-        return self._known.get(name)
+            self._known[part] = found if isinstance(found, dict) else {}
+        return self._known[part].get(name)
 
-    def _remember(self, name: str, value: Any) -> None:
-        self._recall(name)
-        assert self._known is not None
-        self._known[name] = value
+    def _remember(self, part: Part, name: str, value: Any) -> None:
+        self._recall(part, name)
+        known = self._known[part]
+        known[name] = value
         if self._shelf is not None:
-            self._shelf.keep(self._studio.key, Measurement(tables=(), samples=1, tokens=1, details={"folds": self._known}))
+            self._shelf.keep(self._studio.key(part), Measurement(tables=(), samples=1, tokens=1, details={"folds": known}))
+
+
+def _where(layer: LayerRef) -> str:
+    return f"layer {layer.index} of model '{layer.model}'"
+
+
+def _not_finite(where: str) -> CheckpointError:
+    return CheckpointError(f"the states at {where} are not finite", hint="measure in another dtype")
+
+
+def _length(states: Tensor) -> Tensor:
+    """Lengths of states, (..., 1): what is seen of a state behind the norm of the next layer is relative to it."""
+    lengths: Tensor = states.norm(dim=-1, keepdim=True)
+    return lengths.clamp(min=torch.finfo(states.dtype).tiny)
+
+
+def _alike(states: States) -> States:
+    """States of one size. Raises RefusedError."""
+    if states.state.shape != states.aim.shape:
+        raise RefusedError("a map cannot lead from one hidden size to another", hint=HINT)
+    return states
 
 
 def _described(stack: Stack) -> list[dict[str, Any]]:
@@ -261,3 +308,15 @@ def _fold_of(known: Any) -> Fold | None:
     except ValidationError:
         return None
     return fold if fault_of(path_of(fold.sha256), fold.sha256, fold.size) is None else None
+
+
+def _rows_of(known: Any, samples: int) -> list[list[float]] | None:
+    """What was kept of so many samples, without and with a map."""
+    if not isinstance(known, list) or len(known) != 2:
+        return None
+    for row in known:
+        if not isinstance(row, list) or len(row) != samples:
+            return None
+        if not all(isinstance(one, int | float) and math.isfinite(one) for one in row):
+            return None
+    return known

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from layercut.caches import cache_folder
 from layercut.calibration import Auto, Calibration
+from layercut.crossings import Crossing, Take
 from layercut.encoding import SharedTokenizer
 from layercut.engine import Running, batches
 from layercut.errors import CalibrationError, CheckpointError, LayercutError
@@ -31,7 +32,7 @@ from layercut.measurements import Measurements, key_of
 from layercut.memory import give_back
 from layercut.perplexity import CHUNK_BYTES, LOGIT_BYTES
 from layercut.plan import Measurement
-from layercut.players import Player, Recorded, module_of
+from layercut.players import Player, module_of
 from layercut.reading import Reading, Text, read
 from layercut.relay import Place, Relay
 from layercut.resident import padded
@@ -39,7 +40,7 @@ from layercut.routes import Node, Order
 from layercut.schedules import fits, rooms
 from layercut.stack import Fold, LayerRef, Stack, runs
 from layercut.tokens import Sample
-from layercut.trials import Loss, Part
+from layercut.trials import Loss, Misses, Part
 from layercut.version import __version__
 
 
@@ -102,44 +103,62 @@ class Meter:
 
     def check_foldable(self, stack: Stack) -> None:
         """See `trials.Losses`. Raises RefusedError."""
-        with quiet():
-            self._fitter.check(stack)
+        self._fitter.check(stack)
 
     def fit(self, given: Stack, wanted: Stack, ridge: float) -> Fold:
         """See `trials.Losses`. Raises RefusedError, and as `losses` does."""
-        with quiet():
-            fold = self._fitter.fit(given, wanted, ridge)
+        fold = self._fitter.fit(given, wanted, ridge)
         self._made = {layer: made for layer, made in self._made.items() if not layer.folds or layer in given}  # maps that were not taken go
         return fold
+
+    def misses(self, given: Stack, wanted: Stack, fold: Fold) -> Misses:
+        """See `trials.Losses`. Raises as `losses` does."""
+        return self._fitter.misses(given, wanted, fold)
 
     @property
     def _fitter(self) -> Fitter:
         """What fits maps on the calibration text."""
         if self._fitted is None:
-            reading, cache = self._book("calibration").reading, self._cache
-            key = "" if cache is None or not self._ranks.main else key_of(self._models, reading.text.sequences, self._settings("folds"))
+            reading = self._book("calibration").reading
             probe = max(reading.text.ids[:64], key=len)[:PROBE].tolist()
-            players, share = partial(self._held, reading), partial(self._share, reading)
-            self._fitted = Fitter(Studio(players, self._module, share, probe, self._device, self._ranks, cache, key))
+            players = partial(self._loaded, reading)
+            studio = Studio(players, self._at_hand, self._cross, self._lengths, probe, self._device, self._ranks, self._cache, self._key)
+            self._fitted = Fitter(studio)
         return self._fitted
 
-    def _held(self, reading: Reading) -> dict[str, Player]:
-        """The models, all of them in memory. Raises CalibrationError when they do not fit."""
-        players = self._loaded(reading)
-        if self._relay is not None:
-            hint = "give more with --memory, or leave out heal"
-            raise CalibrationError("maps are fitted with the models in memory, and they do not fit", hint=hint)
-        return players
+    def _lengths(self, part: Part) -> list[int]:
+        return [len(ids) for ids in self._book(part).reading.text.ids]
 
-    def _share(self, reading: Reading) -> Iterator[list[Sample]]:
-        """This rank's part of a text, for one pass."""
-        count = len(reading.text.ids)
+    def _key(self, part: Part) -> str:
+        return key_of(self._models, self._book(part).reading.text.sequences, self._settings("maps"))
+
+    def _cross(self, part: Part, crossing: Crossing, take: Take) -> None:
+        """The states at a seam, for each batch of this rank's share of a text."""
+        reading = self._book(part).reading
+        with self._together(), quiet():
+            players = self._loaded(reading)
+            mine = self._mine(reading, 0, len(reading.text.ids), self._calibration.batch_size)
+            if self._relay is not None:
+                self._relay.cross(crossing, list(mine), take, partial(module_of, players=players))
+                return
+            for batch in tqdm(mine, desc="fitting", unit="batch", disable=not self._progress, leave=False):
+                with self._in_memory(batch, players):
+                    take(batch, crossing.states(batch, players, self._at_hand, self._device))
+
+    def _mine(self, reading: Reading, start: int, stop: int, size: int) -> Iterator[list[Sample]]:
+        """This rank's share of the samples from `start` to `stop`."""
         alike = any(model.config.get("model_type") in PADDED for model in self._models.values())
-        mine = len(range(count)[self._ranks.seat.rank :: self._ranks.seat.world])
-        with tqdm(total=mine, desc="fitting", unit="sample", disable=not self._progress, leave=False) as bar:
-            for batch in self._ranks.share(batches(reading.text, 0, count, self._calibration.batch_size, alike)):
-                yield batch
-                bar.update(len(batch))
+        return self._ranks.share(batches(reading.text, start, stop, size, alike))
+
+    @contextmanager
+    def _in_memory(self, batch: Sequence[Sample], players: Mapping[str, Player]) -> Iterator[None]:
+        """Look at a batch before models in memory run on it. Raises CheckpointError, and CalibrationError when memory does not do."""
+        for player in players.values():
+            player.limits.check(batch)
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise CalibrationError(f"out of memory on {self._device}", hint="lower batch_size or max_length") from None
 
     def about(self) -> dict[str, Any]:
         """What was measured on, and how."""
@@ -154,6 +173,8 @@ class Meter:
         self._players.clear()
         self._relay = None
         self._made.clear()
+        if self._fitted is not None:
+            self._fitted.release()
         gc.collect()
 
     def _book(self, part: Part) -> Book:
@@ -211,19 +232,16 @@ class Meter:
         limit = LOGIT_BYTES if self._relay is None else self._relay.limit(LOGIT_BYTES)
         size = max(1, min(self._calibration.batch_size, limit // (length * width)))
         total = len(orders) * len(range(start, stop)[self._ranks.seat.rank :: self._ranks.seat.world])
-        alike = any(model.config.get("model_type") in PADDED for model in self._models.values())
         name = f"losses of {len(orders)} stacks" if len(orders) > 1 else "loss"
         shown = tqdm(total=total, desc=name, unit="sample", disable=not self._progress, leave=False)
-        mine = self._ranks.share(batches(reading.text, start, stop, size, alike))
+        mine = self._mine(reading, start, stop, size)
         with self._together(), shown as bar, quiet():
             if self._relay is not None:
                 self._relay.run(orders, list(mine), partial(self._add, sums, start, bar), partial(module_of, players=players))
                 mine = iter(())
             for batch in mine:
-                try:
+                with self._in_memory(batch, players):
                     self._run_batch(batch, players, orders, roots, sums, start, bar)
-                except torch.OutOfMemoryError:
-                    raise CalibrationError(f"out of memory on {self._device}", hint="lower batch_size or max_length") from None
         found = self._ranks.collect({"sums": sums}, {})
         whole = json.dumps(torch.stack([state["sums"] for state, _ in found]).sum(0).tolist()) if found else None
         rows: list[list[float]] = json.loads(self._ranks.hand_out("losses", whole))
@@ -257,10 +275,7 @@ class Meter:
         bar: tqdm[Any],
     ) -> None:
         ids, mask = (tensor.to(self._device) for tensor in padded(batch))
-        recorded: dict[str, Recorded] = {}
-        for alias, player in players.items():
-            player.limits.check(batch)
-            recorded[alias] = player.record(ids, mask)
+        recorded = {alias: player.record(ids, mask) for alias, player in players.items()}
 
         def step(layer: LayerRef, state: Tensor) -> Tensor:
             return recorded[layer.model].run(layer.index, self._module(layer), state)
@@ -276,6 +291,17 @@ class Meter:
         ids, mask = (tensor.to(self._device) for tensor in padded(batch))
         sums[number, [sample.number - start for sample in batch]] = _sums(logits, ids, mask)
         bar.update(len(batch))
+
+    @contextmanager
+    def _at_hand(self, layer: LayerRef) -> Iterator[nn.Module]:
+        """A layer as a stack has it, with its weights in memory."""
+        if self._relay is None:
+            yield self._module(layer)
+        elif layer.plain:
+            with self._players[layer.model].layer(layer.index) as module:
+                yield module
+        else:
+            yield module_of(layer, self._players)
 
     def _module(self, layer: LayerRef) -> nn.Module:
         """A layer, made once where it is not as its model has it."""

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
 
 from layercut.errors import LayercutError
 from layercut.header import ITEM_BITS, MAX_ELEMENTS
-from layercut.stack import Digest, LayerRef, Record
+from layercut.stack import Digest, Distance, LayerRef, Mending, Record
 
 __all__ = [
     "FORMAT",
@@ -29,6 +29,7 @@ __all__ = [
     "LeftOut",
     "Map",
     "Measurement",
+    "Mending",
     "OutputFile",
     "Part",
     "Plan",
@@ -80,13 +81,6 @@ class Source(Record):
     """sha256 over config.json and over name, size and header of every weight file: tells another structure apart, not other values."""
     files: dict[str, int]
     """Size in bytes of every weight file."""
-
-
-class Distance(Record):
-    """One measured distance: mean over tokens, with its standard error over samples."""
-
-    mean: FiniteFloat
-    stderr: FiniteFloat
 
 
 class Seam(Record):
@@ -147,6 +141,8 @@ class Choice(Record):
     """All candidates of a one-block choice, in order of position; empty for a choice of several boundaries."""
     trials: tuple[Trial, ...] = ()
     """Stacks that were run, first the one that the step saw, then in the order in which they were tried; empty where distance decided."""
+    maps: tuple[Mending, ...] = ()
+    """Maps that were fitted to make up for a cut, in order of position."""
     run_on: dict[str, Any] = {}
     """The text of the trials, settings and versions."""
 

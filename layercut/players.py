@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +79,12 @@ class Player:
         else:
             with self.skeleton.layer(index) as layer:
                 yield layer
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        """Everything but the layers, in memory."""
+        with nullcontext() if self.skeleton is None else self.skeleton.rest():
+            yield
 
     @property
     def logit_size(self) -> int:

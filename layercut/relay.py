@@ -6,7 +6,8 @@ later one (repeated, reordered) need more than one round. Between layers states 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from layercut.arguments import Arguments
+from layercut.crossings import Crossing, States, Take
 from layercut.errors import CalibrationError
 from layercut.loading import quiet
 from layercut.memory import Room, give_back, shown
@@ -24,13 +26,18 @@ from layercut.skeleton import Skeleton
 from layercut.spill import Spill
 from layercut.stack import LayerRef
 from layercut.standins import Call
+from layercut.targets import outputs_of
 from layercut.tokens import Sample
 
 LOGIT_COPIES = 3
 """Logits of a batch that are there at once: as the model gives them, and what the loss makes of them."""
+HEARD = "heard"
+"""Begins the keys of what modules give."""
 Batch = Sequence[Sample]
 End = Callable[[int, Batch, Tensor], None]
 """Takes the number of a stack, a batch, and the logits of its last model: (samples, tokens, vocabulary)."""
+Made = Callable[[LayerRef], nn.Module]
+"""Makes a layer that is not as its model has it."""
 Look = Callable[[str, Sequence[Call]], None]
 """Takes the alias of a model, and the calls of its layers for a batch."""
 
@@ -78,7 +85,7 @@ class Relay:
         """Bytes that the logits of a batch of several samples should take: `size`, or a sixteenth of the room where that is less."""
         return min(size, self._place.room.size // 16)
 
-    def run(self, orders: Sequence[Order], batches: Sequence[Batch], end: End, made: Callable[[LayerRef], nn.Module] | None = None) -> None:
+    def run(self, orders: Sequence[Order], batches: Sequence[Batch], end: End, made: Made | None = None) -> None:
         """Run every stack over every batch. `made` gives the layers that are not as their model has them.
 
         Raises CalibrationError when memory does not do, and RefusedError when a model cannot be followed layer by layer.
@@ -89,9 +96,27 @@ class Relay:
             logits = LOGIT_COPIES * max(map(_area, batches)) * skeleton.logit_size
             hint = "give more with --memory, or lower batch_size or max_length"
             self._check(f"model '{alias}' takes {{}} with its predictions of a batch", skeleton.rest_peak + logits, hint)
+        with self._spill(len(orders), batches) as spill:
+            _Run(self._skeletons, self._place.device, spill, orders, batches, self._look, made).run(end, self.progress)
+
+    def cross(self, crossing: Crossing, batches: Sequence[Batch], take: Take, made: Made | None = None) -> None:
+        """Give the states of every batch at a seam. Layers are read once for all batches, up to the seam, and no head.
+
+        Raises as `run` does.
+        """
+        if not batches:
+            return
+        orders = [Order.of(crossing.given), Order.of(crossing.wanted)]
+        with self._spill(len(orders) + 1, batches) as spill:
+            run = _Run(self._skeletons, self._place.device, spill, orders, batches, self._look, made, crossing.module)
+            run.cross(take, self.progress)
+
+    @contextmanager
+    def _spill(self, states: int, batches: Sequence[Batch]) -> Iterator[Spill]:
+        """Where states wait, so many for each batch."""
         try:
-            with Spill(self._spare(batches), self._place.folder, self._expected(orders, batches)) as spill, quiet():
-                _Run(self._skeletons, self._place.device, spill, orders, batches, self._look, made).run(end, self.progress)
+            with Spill(self._spare(batches), self._place.folder, self._expected(states, batches)) as spill, quiet():
+                yield spill
         except torch.OutOfMemoryError:
             raise CalibrationError(f"out of memory on {self._place.device}", hint="lower batch_size or max_length") from None
 
@@ -104,10 +129,10 @@ class Relay:
         )
         return max(0, self._place.host.size - (0 if self._place.device.type == "cuda" else taken)) // 2
 
-    def _expected(self, orders: Sequence[Order], batches: Sequence[Batch]) -> int:
-        """Bytes of all states that wait at once, at most: each stack has one, and the first ones may wait for a later round."""
+    def _expected(self, states: int, batches: Sequence[Batch]) -> int:
+        """Bytes of all states that wait at once, at most: so many of each batch, and the first ones may wait for a later round."""
         widest = max(skeleton.hidden * skeleton.dtype.itemsize for skeleton in self._skeletons.values())
-        return (len(orders) + len(self._skeletons)) * widest * sum(map(_area, batches))
+        return (states + len(self._skeletons)) * widest * sum(map(_area, batches))
 
 
 class _Run:
@@ -121,10 +146,12 @@ class _Run:
         orders: Sequence[Order],
         batches: Sequence[Batch],
         look: Look,
-        made: Callable[[LayerRef], nn.Module] | None,
+        made: Made | None,
+        heard: str | None = None,
     ) -> None:
+        """`heard` is the module, in the last layer of the first stack, whose outputs are kept."""
         self._skeletons, self._device, self._spill, self._batches, self._made = skeletons, device, spill, batches, made
-        self._orders, self._look = orders, look
+        self._orders, self._look, self._heard = orders, look, heard
         self._arguments = {alias: Arguments(spill, device) for alias in skeletons}
         self._waiting: dict[LayerRef, list[Waiting]] = {}
         self._needed: dict[int, int] = {}
@@ -134,6 +161,21 @@ class _Run:
         self._keys = 0
 
     def run(self, end: End, progress: bool) -> None:
+        """Take all stacks to their ends, and through the heads of their last models."""
+        self._climb(progress)
+        for alias, skeleton in self._skeletons.items():
+            self._finish(alias, skeleton, end)
+
+    def cross(self, take: Take, progress: bool) -> None:
+        """Take two stacks to their ends."""
+        self._climb(progress)
+        (_, key), (_, aim) = sorted(self._ends)
+        for number, batch in enumerate(self._batches):
+            state = self._spill.get((key, number), self._device)
+            added = self._spill.pop((HEARD, number), self._device)
+            take(batch, States(added.reshape(state.shape), state, self._spill.get((aim, number), self._device)))
+
+    def _climb(self, progress: bool) -> None:
         roots = Node.of(self._orders)
         total = sum(root.steps for root in roots.values())
         for alias, skeleton in self._skeletons.items():
@@ -146,8 +188,6 @@ class _Run:
                 self._step(layer, waiting)
                 give_back()
                 bar.update(len(waiting))
-        for alias, skeleton in self._skeletons.items():
-            self._finish(alias, skeleton, end)
 
     def _begin(self, alias: str, skeleton: Skeleton, root: Node | None) -> None:
         """Read all batches up to the first layer."""
@@ -178,8 +218,20 @@ class _Run:
                 state = self._spill.get((before, number), self._device)
                 state = state.clone() if self._needed[before] > 1 else state  # a layer may change its input in place
                 call = self._arguments[layer.model].call(number, layer.index)
-                self._spill.put((key, number), skeleton.output(call, module, state.to(skeleton.dtype)))
+                with self._hearing(node, module, number):
+                    state = skeleton.output(call, module, state.to(skeleton.dtype))
+                self._spill.put((key, number), state)
             self._used(before)
+
+    @contextmanager
+    def _hearing(self, node: Node, module: nn.Module, number: int) -> Iterator[None]:
+        """Keep what the module that is heard gives, where the layer is the last one of the first stack."""
+        if self._heard is None or 0 not in node.ends:
+            yield
+            return
+        with outputs_of(module.get_submodule(self._heard)) as outs:
+            yield
+        self._spill.put((HEARD, number), outs[0])
 
     def _arrived(self, node: Node) -> int:
         """A key for the states of a node: those that follow it wait for their layers."""

@@ -53,6 +53,31 @@ class Fold(Record):
     """Share of the squared way, from the state before the removed layers to the one behind them, that the map makes on that text."""
 
 
+class Distance(Record):
+    """One measured distance: mean over tokens, with its standard error over samples."""
+
+    mean: FiniteFloat
+    stderr: FiniteFloat
+
+
+class Mending(Record):
+    """A map that was fitted for a removed block, and how far the state there is from the one that the layer behind the block expects.
+
+    That is the mean of |x - x_e|^2 / |x_e|^2 over the tokens of held-out text, on which the map was not fitted.
+    """
+
+    block: str
+    """The positions that are removed, in the stack as the step saw it: half-open, from 0."""
+    cut: Distance
+    """How far it is without the map."""
+    healed: Distance
+    """How far it is with the map."""
+    stderr: FiniteFloat
+    """Standard error of the difference, from samples that are compared one by one."""
+    taken: bool
+    """Whether the map is part of the plan."""
+
+
 class LayerRef(Record):
     """One layer of the stack: a layer of a source model as it is, or with arithmetic."""
 

@@ -47,6 +47,28 @@ class Loss(NamedTuple):
         spread = math.fsum((one - mean * count) ** 2 for one, count in zip(differences, self.counts, strict=True))
         return Gap(mean, math.sqrt(spread * samples / (samples - 1)) / tokens)
 
+    def below(self, base: Loss) -> bool:
+        """Whether this is less than another on the same samples, by more than the standard error of the difference."""
+        gap = self.over(base)
+        return gap.mean < -gap.stderr
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean, over samples."""
+        return self.over(self._replace(sums=(0.0,) * len(self.sums))).stderr
+
+
+class Misses(NamedTuple):
+    """How far the state at a seam is from the one that is expected there, in both by sample and token as in a loss.
+
+    Of a token it is `|x - x_e|^2 / |x_e|^2`: the squared distance in units of the squared length of the state that is expected.
+    """
+
+    cut: Loss
+    """Without the map."""
+    healed: Loss
+    """With it."""
+
 
 class Losses(Protocol):
     """The models of a recipe, ready to be run as any stack of their layers."""
@@ -64,6 +86,12 @@ class Losses(Protocol):
         """The map that, folded into the last layer of `given`, makes the state behind it most like the one behind `wanted`.
 
         Both stacks begin at the embeddings. Raises RefusedError when no map can be folded into that layer.
+        """
+
+    def misses(self, given: Stack, wanted: Stack, fold: Fold) -> Misses:
+        """How far the state behind `given` is from the one behind `wanted`, without and with a map that was fitted for it.
+
+        On the held-out text, on which no map was fitted.
         """
 
     def about(self) -> dict[str, Any]:

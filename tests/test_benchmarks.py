@@ -558,6 +558,7 @@ def test_healing_is_measured(tiny: Callable[..., Path], tmp_path: Path, capsys: 
     names = [name for rows in rows for name in rows[0].replace("`", "").split(", ")]
     assert sorted(names) == ["0.5", *sorted(2 * ["block", "rank", "deepest"])]
     assert all(int(taken) <= int(count) for _, taken, count in rows) and "judged on 4 more" in page
+    assert re.search(r"^\d{4}-\d\d-\d\d; \d+ CPUs, \S+ \S+, Python [0-9.]+, torch \S+, one thread\.$", page, re.MULTILINE)
 
 
 def test_healing_that_does_harm_fails_the_benchmark() -> None:

@@ -19,7 +19,7 @@ from layercut.plan import Candidate, Choice, Measurement, Plan, Table, TensorMad
 from layercut.planner import build_plan
 from layercut.recipe import Recipe, parse_recipe
 from layercut.stack import Block, Fold, LayerRef, Stack
-from layercut.trials import Loss
+from layercut.trials import Loss, Misses
 from layercut.yamltext import YamlText
 
 DEPTH = 6
@@ -400,6 +400,10 @@ class Running:
         """A map that changes no loss."""
         return Fold(sha256="0" * 64, size=2, module="o_proj", tokens=1, ridge=ridge, explained=0)
 
+    def misses(self, given: Stack, wanted: Stack, fold: Fold) -> Misses:
+        """It leads to where it should; what that makes of the loss is another matter."""
+        return Misses(Loss((0.5,), (1,)), Loss((0.25,), (1,)))
+
     def about(self) -> dict[str, Any]:
         return {"unit": "nats a token"}
 
@@ -669,9 +673,16 @@ def test_what_is_replaced_is_compared_as_what_is_removed(model: Checkpoint) -> N
     chosen, healed = plan.choices
     assert [trial.name for trial in chosen.trials] == ["as it is", "block", "blocks", "rank"]
     assert (chosen.where, chosen.chosen) == ("steps.0.replace", "replace layers [1, 2) + [4, 5)")
-    assert (healed.where, healed.chosen) == ("steps.0.replace.heal", "no map lowers the loss: the cut alone")
-    words = "0% of the way, not taken"
-    assert [trial.name for trial in healed.trials] == ["as it is", "the cut", f"map for [1, 2): {words}", f"map for [4, 5): {words}"]
+    assert (healed.where, healed.chosen) == ("steps.0.replace.heal", "no map helps: the cut alone")
+    assert [trial.name for trial in healed.trials] == ["as it is", "the cut", "map for [1, 2), not taken", "map for [4, 5), not taken"]
+    assert [(one.block, one.cut.mean, one.healed.mean, one.taken) for one in healed.maps] == [
+        ("[1, 2)", 0.5, 0.25, False),
+        ("[4, 5)", 0.5, 0.25, False),
+    ]
+    words = "is not taken: held-out text loses 4.2000 ± 0.0000 nats a token with it and 4.2000 ± 0.0000 without it"
+    assert plan.notes[-2:] == tuple(
+        f"steps.0.replace.heal: the map for {block} {words}, a difference of +0.0000 ± 0.0000" for block in ("[1, 2)", "[4, 5)")
+    )
     assert plan.maps == {} and kept(plan) == [0, 2, 3, 5]
 
 

@@ -57,7 +57,7 @@ RESULTS: dict[str, list[int] | int] = {
     "zero-attention": [*range(30)],
 }
 # Planned and executed in test_gallery.py: what they make depends on a size or on a distance, or they need another depth.
-ELSEWHERE = ("budget-distance", "budget-parameters", "budget-size", "search-by-loss", "two-models")
+ELSEWHERE = ("budget-distance", "budget-parameters", "budget-size", "heal-fold", "search-by-loss", "two-models")
 
 
 def generator() -> types.ModuleType:

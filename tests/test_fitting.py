@@ -16,6 +16,7 @@ from test_ranks import Group, group  # noqa: F401 - a fixture
 
 from layercut import memory
 from layercut.calibration import BuiltinCalibration, TextCalibration
+from layercut.crossings import Crossing
 from layercut.errors import LayercutError
 from layercut.fits import map_of, path_of
 from layercut.fitting import Fitter, Sums
@@ -23,6 +24,7 @@ from layercut.losses import Meter
 from layercut.players import Player
 from layercut.scalings import literal
 from layercut.stack import Fold, LayerRef, Scaling, Share, Stack
+from layercut.trials import Misses
 
 pytestmark = pytest.mark.usefixtures("quietly")
 Tiny = Callable[..., Path]
@@ -134,8 +136,10 @@ def test_sums_are_those_of_plain_hooks_over_all_tokens_but_no_pad(tiny: Tiny, ki
     for text in texts:
         ids = byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
         inputs, added = states(folder, ids, 6)
-        m.append(added[2].double())
-        d.append((inputs[5] - inputs[3]).double())
+        aim = inputs[5].double()
+        lengths = aim.square().sum(1, keepdim=True).sqrt()
+        m.append(added[2].double() / lengths)
+        d.append((aim - inputs[3].double()) / lengths)
     one, two = torch.cat(m), torch.cat(d)
     wanted = Sums(one.T @ one, one.T @ two, two.square().sum(), torch.tensor(0.0))
     for size in (1, 3):
@@ -276,17 +280,42 @@ def test_out_of_memory_is_one_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) 
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Fitter, "_states", full)
+    monkeypatch.setattr(Crossing, "states", full)
     assert said(lambda: meter(TEXT, tiny("llama")).fit(layers(0, 1), layers(0, 1, 2), 0.01)) == (
         "out of memory on cpu; lower batch_size or max_length"
     )
 
 
-def test_models_that_do_not_fit_into_memory_are_not_fitted(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+# Models that do not fit into memory
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_map_that_is_fitted_layer_by_layer_is_the_one_that_is_fitted_in_memory(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def found(one: Meter) -> tuple[Fold, Fold, Misses]:
+        one.check_foldable(layers(0, 1))
+        first = one.fit(layers(0, 1), layers(0, 1, 2), 0.01)
+        given = (*with_folds(layers(0, 1), 1, first), *layers(3))
+        second = one.fit(given, layers(0, 1, 2, 3, 4), 0.01)
+        return first, second, one.misses(given, layers(0, 1, 2, 3, 4), second)
+
+    whole = found(meter(TEXT, tiny(kind)))
     monkeypatch.setattr(memory, "free_memory", lambda: {"memory": 1000})
-    found = meter(TEXT, tiny("llama"))
-    message = "maps are fitted with the models in memory, and they do not fit; give more with --memory, or leave out heal"
-    assert said(lambda: found.check_foldable(layers(0, 1))) == said(lambda: found.fit(layers(0), layers(0, 1), 0.01)) == message
+    streaming = meter(TEXT, tiny(kind))
+    streamed = found(streaming)
+    assert streaming._relay is not None
+    for one, other in zip(streamed[:2], whole[:2], strict=True):
+        assert torch.allclose(map_of(one.sha256, one.size), map_of(other.sha256, other.size), atol=1e-5)
+        assert one.model_copy(update={"sha256": other.sha256, "explained": other.explained}) == other
+    for left, right in zip(streamed[2], whole[2], strict=True):
+        assert left.counts == right.counts and left.sums == pytest.approx(right.sums, rel=1e-4)
+
+
+def test_what_no_map_can_be_folded_into_is_found_layer_by_layer(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: {"memory": 1000})
+    found = meter(TEXT, tiny("gemma3_text"))
+    assert REFUSED["gemma3_text"] in said(lambda: found.check_foldable(layers(0, 1)))
 
 
 def test_a_folded_stack_that_is_streamed_loses_what_it_loses_in_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from layercut.planner import build_plan
 from layercut.recipe import Recipe, load_recipe, parse_recipe
 from layercut.report import read_report
 from layercut.stack import Fold
-from layercut.trials import Loss
+from layercut.trials import Loss, Misses
 from layercut.yamltext import YamlText
 
 if sys.version_info >= (3, 11):
@@ -300,8 +300,11 @@ class Losing:
         pass
 
     def fit(self, given: Any, wanted: Any, ridge: float) -> Fold:
-        """A map that changes no loss, so that it is not taken."""
+        """A map that changes nothing, so that it is not taken."""
         return Fold(sha256="0" * 64, size=2, module="mlp.down_proj", tokens=20, ridge=ridge, explained=0)
+
+    def misses(self, given: Any, wanted: Any, fold: Fold) -> Misses:
+        return Misses(Loss((5.0, 6.0), (10, 10)), Loss((5.0, 6.0), (10, 10)))
 
     def about(self) -> dict[str, Any]:
         return {}
@@ -323,7 +326,7 @@ def path_of(name: str) -> Path:
 
 
 def test_every_recipe_has_a_result() -> None:
-    assert sorted(GALLERY) == sorted([*STATIC, *CHOSEN, *SEARCHED, "two-models"])
+    assert sorted(GALLERY) == sorted([*STATIC, *CHOSEN, *SEARCHED, "heal-fold", "two-models"])
     assert sorted(path.stem for path in RECIPES.rglob("*.yaml")) == sorted(GALLERY), "names are unique, folders or not"
     assert {name for name, one in GALLERY.items() if one.group == "published"} == set(PUBLISHED)
     assert {one.group for one in GALLERY.values()} == {"", "published"}
@@ -376,7 +379,7 @@ def test_head(name: str) -> None:
     assert all(line.startswith("#") for line in head)
     assert [line.split(":")[0] for line in head if re.match(r"# [A-Z]\w+:  ", line)] == ["# Needs", "# Run", "# Expect"]
     assert f"# Run:     layercut run {path.relative_to(ROOT).as_posix()}" in head
-    depth = (STATIC.get(name) or CHOSEN.get(name) or SEARCHED.get(name) or (30,))[0]
+    depth = 24 if name == "heal-fold" else (STATIC.get(name) or CHOSEN.get(name) or SEARCHED.get(name) or (30,))[0]
     if name != "budget-distance":
         assert re.search(rf"\b{depth}\b", " ".join(head).partition("Expect:")[2])
 
@@ -502,6 +505,33 @@ def test_searching_recipe_takes_what_is_not_missed(name: str, hub: Resolve) -> N
     assert [(layer.model, layer.index) for layer in plan.actions.layers] == expanded(order)
     assert len(plan.actions.layers) == depth and plan.choices[0].cost == 3.0
     assert [trial.name for trial in plan.choices[0].trials] == ["as it is", "block", "blocks", "rank", "loss", "greedy"]
+
+
+class Mending(Losing):
+    """A map halves what the state is off, and of what a cut costs it brings back a tenth of a nat."""
+
+    def losses(self, stacks: Sequence[Any], part: str = "calibration", share: float = 1.0) -> list[Loss]:
+        maps = [sum(len(layer.folds) for layer in stack) for stack in stacks]
+        found = super().losses(stacks, part, share)
+        return [loss._replace(sums=tuple(one - count for one in loss.sums)) for loss, count in zip(found, maps, strict=True)]
+
+    def fit(self, given: Any, wanted: Any, ridge: float) -> Fold:
+        return super().fit(given, wanted, ridge).model_copy(update={"size": SMALL.hidden})
+
+    def misses(self, given: Any, wanted: Any, fold: Fold) -> Misses:
+        return Misses(Loss((5.0, 6.0), (10, 10)), Loss((2.5, 3.0), (10, 10)))
+
+
+@pytest.mark.parametrize(("make", "folds"), [(Mending, 1), (Losing, 0)])
+def test_healing_recipe_folds_a_map_that_helps(make: Callable[..., Losing], folds: int, hub: Resolve) -> None:
+    run = make(lambda gone: 3 + len(gone) / 10)
+    plan = build_plan(load_recipe(path_of("heal-fold")), resolve=hub, measure=near({(13, 19): 0.01}), run=run)
+    assert [(layer.model, layer.index) for layer in plan.actions.layers] == expanded(cut(SMOLLM2, (0, 13), (19, 30)))
+    assert [len(layer.folds) for layer in plan.actions.layers] == [0] * 12 + [folds] + [0] * 11
+    chosen, healed = plan.choices
+    assert (chosen.chosen, [one.block for one in healed.maps]) == ("remove layers [13, 19)", ["[13, 19)"])
+    assert healed.cost == pytest.approx(3.6 - folds / 10) and len(plan.maps) == folds
+    assert ["is not taken" in note for note in plan.notes if "the map for" in note] == [True] * (1 - folds)
 
 
 def test_two_models_hand_over_where_their_states_are_near(hub: Resolve) -> None:

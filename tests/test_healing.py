@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from conftest import byte_tokenizer
 from safetensors.torch import load_file
 from test_fitting import planted, said, states  # noqa: F401 - a fixture
 
-from layercut import writer
+from layercut import memory, writer
 from layercut.api import plan_recipe, run_recipe
 from layercut.card import make_card
 from layercut.cli import main
@@ -25,11 +26,11 @@ from layercut.errors import CheckpointError, OutputError
 from layercut.executor import execute
 from layercut.fits import map_of, path_of
 from layercut.folding import folded
-from layercut.healing import RIDGE, heal, without
-from layercut.plan import Plan, TensorMade
+from layercut.healing import RIDGE, Healed, heal, without
+from layercut.plan import Distance, Mending, Plan, TensorMade
 from layercut.report import read_report
 from layercut.stack import Block, Fold, LayerRef, Stack
-from layercut.trials import Loss
+from layercut.trials import Loss, Misses
 
 pytestmark = pytest.mark.usefixtures("quietly")
 Make = Callable[..., Path]
@@ -40,19 +41,30 @@ TEXT = "{source: builtin, samples: 12, max_length: 48}"
 
 
 class Losses:
-    """Losses by which blocks have a map; notes what is to be fitted."""
+    """Losses by which blocks have a map, and how far the states behind those maps are off; notes what is to be fitted."""
 
-    def __init__(self, table: Mapping[str, float]) -> None:
-        self._table = table
+    def __init__(self, table: Mapping[str, float | Loss], misses: Sequence[Misses] = ()) -> None:
+        self._table, self._misses = table, misses
         self.fits: list[tuple[list[int], list[int], float]] = []
 
     def losses(self, stacks: Sequence[Stack], part: str = "calibration", share: float = 1.0) -> list[Loss]:
         assert part == "held out"
-        return [Loss((self._table["".join(one.sha256[0] for layer in stack for one in layer.folds)],), (1,)) for stack in stacks]
+        found = [self._table["".join(one.sha256[0] for layer in stack for one in layer.folds)] for stack in stacks]
+        return [one if isinstance(one, Loss) else Loss((one,), (1,)) for one in found]
 
     def fit(self, given: Stack, wanted: Stack, ridge: float) -> Fold:
         self.fits.append(([layer.index for layer in given], [layer.index for layer in wanted], ridge))
         return fold("abc"[len(self.fits) - 1])
+
+    def misses(self, given: Stack, wanted: Stack, fold: Fold) -> Misses:
+        assert ([layer.index for layer in given], [layer.index for layer in wanted]) == self.fits[-1][:2]
+        assert fold.sha256[0] == "abc"[len(self.fits) - 1], "the map that was fitted last"
+        return self._misses[len(self.fits) - 1] if self._misses else NEARER
+
+
+NEARER = Misses(Loss((3.0, 5.0), (10, 10)), Loss((2.0, 4.0), (10, 10)))
+FURTHER = Misses(Loss((3.0, 5.0), (10, 10)), Loss((3.0, 6.0), (10, 10)))
+PERHAPS = Misses(Loss((3.0, 5.0), (10, 10)), Loss((1.0, 6.9), (10, 10)))
 
 
 def fold(letter: str) -> Fold:
@@ -63,33 +75,70 @@ def whole(depth: int) -> Stack:
     return tuple(LayerRef(model="m", index=index) for index in range(depth))
 
 
-def healed(table: Mapping[str, float], *blocks: Block) -> tuple[list[tuple[int, str]], list[tuple[str, float]], tuple[Block, ...]]:
-    found = heal(whole(8), blocks, 0.5, Losses(table))  # type: ignore[arg-type]
-    stack = [(layer.index, "".join(one.sha256[0] for one in layer.folds)) for layer in found.stack]
-    return stack, [(attempt.name, attempt.loss.mean) for attempt in found.attempts], found.taken
+def healed(table: Mapping[str, float | Loss], *blocks: Block, misses: Sequence[Misses] = ()) -> tuple[Healed, list[tuple[int, str]]]:
+    found = heal(whole(8), blocks, 0.5, Losses(table, misses))  # type: ignore[arg-type]
+    return found, [(layer.index, "".join(one.sha256[0] for one in layer.folds)) for layer in found.stack]
 
 
-def test_a_map_that_lowers_the_loss_is_folded_into_the_layer_before() -> None:
-    stack, attempts, taken = healed({"": 3.0, "a": 2.5}, Block(3, 5))
+def tried(found: Healed) -> list[tuple[str, float]]:
+    return [(attempt.name, attempt.loss.mean) for attempt in found.attempts]
+
+
+CUT_ALONE = [(0, ""), (1, ""), (2, ""), (5, ""), (6, ""), (7, "")]
+
+
+def test_a_map_that_helps_is_folded_into_the_layer_before() -> None:
+    found, stack = healed({"": 3.0, "a": 2.5}, Block(3, 5))
     assert stack == [(0, ""), (1, ""), (2, "a"), (5, ""), (6, ""), (7, "")]
-    assert attempts == [("the cut", 3.0), ("map for [3, 5): 25% of the way", 2.5)]
-    assert taken == (Block(3, 5),)
+    assert tried(found) == [("the cut", 3.0), ("map for [3, 5)", 2.5)]
+    assert found.taken == (Block(3, 5),)
+    (one,) = found.maps
+    cut, after = Distance(mean=0.4, stderr=0.1), Distance(mean=0.3, stderr=0.1)
+    assert one.mending == Mending(block="[3, 5)", cut=cut, healed=after, stderr=0.0, taken=True)
 
 
 @pytest.mark.parametrize("loss", [3.0, 3.5])
 def test_a_map_that_does_not_lower_the_loss_is_not(loss: float) -> None:
-    stack, attempts, taken = healed({"": 3.0, "a": loss}, Block(3, 5))
-    assert stack == [(0, ""), (1, ""), (2, ""), (5, ""), (6, ""), (7, "")]
-    assert attempts == [("the cut", 3.0), ("map for [3, 5): 25% of the way, not taken", loss)]
-    assert taken == ()
+    found, stack = healed({"": 3.0, "a": loss}, Block(3, 5))
+    assert stack == CUT_ALONE and found.taken == ()
+    assert tried(found) == [("the cut", 3.0), ("map for [3, 5), not taken", loss)]
+    assert found.maps[0].why == (
+        f"held-out text loses {loss:.4f} ± 0.0000 nats a token with it and 3.0000 ± 0.0000 without it, "
+        f"a difference of {loss - 3:+.4f} ± 0.0000"
+    )
+
+
+def test_a_map_that_lowers_the_loss_by_no_more_than_chance_is_not() -> None:
+    """By 2 nats a token in one sample, and by -1 in the other: 0.5 ± 1.5 less."""
+    cut, less, enough = Loss((30.0, 30.0), (10, 10)), Loss((10.0, 40.0), (10, 10)), Loss((10.0, 20.1), (10, 10))
+    found, stack = healed({"": cut, "a": less}, Block(3, 5))
+    assert stack == CUT_ALONE and found.maps[0].why.endswith("a difference of -0.5000 ± 1.5000")
+    assert healed({"": cut, "a": enough}, Block(3, 5))[0].taken == (Block(3, 5),)
+
+
+@pytest.mark.parametrize(
+    ("misses", "said_of"),
+    [
+        (FURTHER, "0.4500 ± 0.1500 with it and 0.4000 ± 0.1000 without it on held-out text, a difference of +0.0500 ± 0.0500"),
+        (PERHAPS, "0.3950 ± 0.2950 with it and 0.4000 ± 0.1000 without it on held-out text, a difference of -0.0050 ± 0.1950"),
+    ],
+)
+def test_a_map_that_does_not_lead_nearer_is_not_and_no_stack_is_run_for_it(misses: Misses, said_of: str) -> None:
+    found, stack = healed({"": 3.0}, Block(3, 5), misses=[misses])  # what it would lose is not asked
+    assert stack == CUT_ALONE and found.taken == () and tried(found) == [("the cut", 3.0)]
+    assert found.maps[0].why == f"the state is off by {said_of}"
+    assert not found.maps[0].mending.taken
 
 
 def test_every_block_is_judged_by_itself_with_what_was_taken_before_it() -> None:
     table = {"": 3.0, "a": 2.0, "ab": 2.1, "ac": 1.5}
-    stack, attempts, taken = healed(table, Block(1, 2), Block(3, 5), Block(7, 8))
+    found, stack = healed(table, Block(1, 2), Block(3, 5), Block(7, 8))
     assert stack == [(0, "a"), (2, ""), (5, ""), (6, "c")]
-    assert [loss for _, loss in attempts] == [3.0, 2.0, 2.1, 1.5]
-    assert taken == (Block(1, 2), Block(7, 8))
+    assert [loss for _, loss in tried(found)] == [3.0, 2.0, 2.1, 1.5]
+    assert found.taken == (Block(1, 2), Block(7, 8))
+    found, stack = healed({"": 3.0, "a": 2.0, "ac": 1.5}, Block(1, 2), Block(3, 5), Block(7, 8), misses=[NEARER, FURTHER, NEARER])
+    assert stack == [(0, "a"), (2, ""), (5, ""), (6, "c")]
+    assert [one.taken for one in found.maps] == [True, False, True]
 
 
 def test_maps_lead_from_the_cut_stack_to_the_whole_one() -> None:
@@ -169,10 +218,13 @@ def test_the_report_says_what_was_fitted_and_what_it_gave(result: Path) -> None:
     report = read_report(result)
     (choice,) = report.choices
     assert (choice.where, choice.metric, choice.chosen) == ("steps.0.prune.heal", "loss", "a map for [3, 4) folded in")
-    assert [trial.name for trial in choice.trials] == ["as it is", "the cut", "map for [3, 4): 100% of the way"]
+    assert [trial.name for trial in choice.trials] == ["as it is", "the cut", "map for [3, 4)"]
     assert [trial.text for trial in choice.trials] == ["held out"] * 3
     assert choice.cost == choice.trials[2].loss < choice.trials[1].loss
     assert abs(choice.trials[2].increase) < choice.trials[1].increase / 20
+    (mended,) = choice.maps
+    assert mended.block == "[3, 4)" and mended.taken and mended.healed.mean < mended.cut.mean / 1000
+    assert mended.healed.stderr < mended.cut.stderr
     (one,) = maps(result)
     assert (one.tokens, one.ridge, one.size, one.module) == (12 * 48, 1e-9, 32, "mlp.down_proj")
     assert str(path_of(one.sha256).parent) not in (result / "layercut.json").read_text(), "a report names no folder"
@@ -231,6 +283,22 @@ def test_equal_recipes_give_equal_bytes_measured_anew_and_from_the_plan(
     monkeypatch.setenv("LAYERCUT_NO_CACHE", "1")
     run_recipe(again, out=tmp_path / "anew", progress=False)
     assert digests(tmp_path / "anew") == digests(result)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_healed_too(
+    result: Path,
+    planted: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LAYERCUT_NO_CACHE", "1")
+    monkeypatch.setattr(memory, "free_memory", lambda: {"memory": 1000})
+    report = run_recipe(recipe(tmp_path, planted, CUT), progress=False)
+    (choice,), (before,) = report.choices, read_report(result).choices
+    assert (choice.chosen, [one.taken for one in choice.maps]) == ("a map for [3, 4) folded in", [True])
+    assert choice.maps[0].cut.mean == pytest.approx(before.maps[0].cut.mean, rel=1e-4)
+    assert [trial.loss for trial in choice.trials] == pytest.approx([trial.loss for trial in before.trials], rel=1e-5)
+    assert torch.allclose(logits(tmp_path / "out"), logits(result), atol=1e-3)
 
 
 def test_the_place_of_a_map_is_not_part_of_what_is_done(result: Path, planted: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -371,12 +439,19 @@ def test_what_the_plan_shows_when_no_map_helps(tiny: Make, tmp_path: Path, capsy
     path = recipe(tmp_path, tiny("gpt2"), "prune: {at: '4-5', heal: fold}")
     assert main(["plan", str(path), "-q", "-o", str(tmp_path / "plan.json")]) == 0
     shown = capsys.readouterr().out
-    assert "steps.0.prune.heal: no map lowers the loss: the cut alone, loss " in shown
-    assert "of the way, not taken" in shown
+    assert "steps.0.prune.heal: no map helps: the cut alone, loss " in shown
+    assert "map for [4, 6), not taken" in shown
+    assert re.search(r"^  state behind \[4, 6\)  off by 0\.\d{4} ± 0\.\d{4}  with its map 0\.\d{4} ± 0\.\d{4}$", shown, re.MULTILINE)
+    assert "note: steps.0.prune.heal: the map for [4, 6) is not taken: held-out text loses " in shown
     plan = Plan.from_json((tmp_path / "plan.json").read_text())
     assert plan.maps == {} and all(layer.plain for layer in plan.actions.layers)
     _, cut, tried = plan.choices[0].trials
     assert plan.choices[0].cost == cut.loss <= tried.loss
+    (one,) = plan.choices[0].maps
+    assert 0 < one.healed.mean < one.cut.mean - one.stderr and not one.taken
+    older = json.loads(plan.to_json())
+    del older["choices"][0]["maps"]
+    assert Plan.from_json(json.dumps(older)).choices[0].maps == (), "a plan of before is read"
 
 
 def test_replace_is_the_same_fold(result: Path, planted: Path, tmp_path: Path) -> None:  # noqa: F811

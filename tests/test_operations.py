@@ -158,7 +158,7 @@ def test_what_is_to_be_healed_is_chosen_as_a_removal_behind_the_first_layer(name
     (wish,) = site.asked
     assert (wish.verb, wish.budget, wish.protect, wish.heals) == (verb, {"layers": 3}, {0, 5}, True)
     assert indices(wish.build([Block(1, 4)])) == [0, 4, 5]
-    assert site.healed == [((Block(1, 2), Block(3, 5)), 0.01)]
+    assert site.healed == [((Block(1, 2), Block(3, 5)), 0.1)]
 
 
 @pytest.mark.parametrize(("name", "fields", "verb"), HEALING)

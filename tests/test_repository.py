@@ -72,6 +72,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("reading", "skeleton"),
     ("accumulators", "arguments", "players"),
     ("resident",),
+    ("crossings",),
     ("relay", "streaming"),
     ("ranks", "schedules"),
     ("engine", "fitting", "perplexity"),
@@ -91,9 +92,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 # Modules that import torch when they are imported; the others reach for them inside functions.
 MEASURING = (
-    "accumulators", "arguments", "draw", "encoding", "engine", "fitting", "folding", "loading", "losses", "perplexity", "players",
-    "reading", "relay", "resident", "runner", "schedules", "skeleton", "spill", "staged", "standins", "streaming", "sums", "targets",
-    "weights",
+    "accumulators", "arguments", "crossings", "draw", "encoding", "engine", "fitting", "folding", "loading", "losses", "perplexity",
+    "players", "reading", "relay", "resident", "runner", "schedules", "skeleton", "spill", "staged", "standins", "streaming", "sums",
+    "targets", "weights",
 )  # fmt: skip
 # Tests of the whole, which have no module of their own.
 OF_THE_WHOLE = (

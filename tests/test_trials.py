@@ -51,6 +51,26 @@ def test_differences_turn_around(rows: list[tuple[int, float, float]]) -> None:
     assert there.mean == -back.mean and there.stderr == back.stderr
 
 
+def test_a_mean_has_a_standard_error() -> None:
+    """Means of 1 and 3 around 2, each of ten tokens."""
+    assert Loss((10.0, 30.0), (10, 10)).stderr == pytest.approx(1.0) and Loss((4.0,), (2,)).stderr == 0.0
+
+
+@pytest.mark.parametrize(
+    ("mine", "below"),
+    [
+        ((10.0, 30.0), False),  # the same
+        ((9.0, 29.0), True),  # less in every sample
+        ((5.0, 30.0), False),  # 0.25 ± 0.25 less
+        ((5.0, 29.9), True),  # 0.255 ± 0.245 less
+        ((11.0, 30.0), False),
+    ],
+)
+def test_less_is_less_by_more_than_the_standard_error(mine: tuple[float, float], below: bool) -> None:
+    assert Loss(mine, (10, 10)).below(Loss((10.0, 30.0), (10, 10))) is below
+    assert Loss(mine[:1], (10,)).below(Loss((10.0,), (10,))) is (mine[0] < 10)
+
+
 def test_samples_of_other_texts_are_not_compared() -> None:
     with pytest.raises(ValueError, match="zip"):
         Loss((1.0, 2.0), (1, 1)).over(Loss((1.0,), (1,)))
