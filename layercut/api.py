@@ -74,7 +74,11 @@ def plan_recipe(
     sharing = partial(sharing_filesystem, output_of(recipe, out)) if named else None
     measured = partial(_measured, progress=progress, memory=memory, ranks=ranks)
     run = partial(_run, progress=progress, memory=memory, ranks=ranks)
-    return build_plan(recipe, resolve=partial(resolve, progress=progress), measure=measured, sharing=sharing, run=run)
+    try:
+        return build_plan(recipe, resolve=partial(resolve, progress=progress), measure=measured, sharing=sharing, run=run)
+    except CalibrationError as error:
+        where = ": ".join([recipe.where("calibration"), *([error.where] if error.where else [])])
+        raise CalibrationError(error.message, where=where, hint=error.hint) from None
 
 
 def _measured(
@@ -245,12 +249,24 @@ def _written(
     if push is not None:
         check_licence(make_sources(made), push.upload)
     made = fetching.fetch(made, whole=_evaluated(made), progress=progress)
+    if wanted is not None:
+        _check_evaluation(wanted, Path(made.sources[made.donor].folder))
     report = execute(made, folder, **writing, progress=progress, started=started)
     if wanted is not None:
         report = report.with_evaluation(evaluate(wanted, Path(made.sources[made.donor].folder), folder, memory=memory, progress=progress))
         write_report(folder, report)
     ranks.hand_out("report", report.to_json())
     return report
+
+
+def _check_evaluation(wanted: Evaluate, source: Path) -> None:
+    """Find out before the writing what would keep the result from being judged: no tokenizer, no text."""
+    from layercut.documents import passages
+    from layercut.loading import load_tokenizer
+
+    load_tokenizer(source)
+    if wanted.perplexity is not None:
+        next(passages(wanted.perplexity, held_out=True), None)
 
 
 def _followed(recipe: Recipe | Plan, folder: Path, memory: int | None, ranks: Ranks) -> Report:

@@ -50,7 +50,11 @@ def columns(rows: Iterable[Sequence[str]], indent: str = "  ") -> Iterator[str]:
 
 def change(before: int, after: int, unit: Any) -> str:
     """A number before and after, with the difference in percent."""
-    return f"{unit(before)} -> {unit(after)} ({100 * (after / before - 1):+.1f} %)" if before else f"{unit(before)} -> {unit(after)}"
+    return (
+        f"{unit(before)} -> {unit(after)} ({round(100 * (after / before - 1), 1) + 0.0:+.1f} %)"
+        if before
+        else f"{unit(before)} -> {unit(after)}"
+    )
 
 
 def seam_line(seam: Seam, several: bool) -> str:

@@ -154,7 +154,9 @@ class Shelf:
             found = ranks.hand_out("known")
             self.known = Measurement.model_validate_json(found) if found else None
         if self.known is not None and progress and ranks.main:
-            print(f"measured before: {len(self.known.tables)} tables come from {root / FOLDER}", file=sys.stderr)
+            count = len(self.known.tables)
+            tables = "1 table comes" if count == 1 else f"{count} tables come"
+            print(f"measured before: {tables} from {root / FOLDER}", file=sys.stderr)
 
     def keep(self, measurement: Measurement) -> Measurement:
         """Write what was measured, and return it with what was known."""
@@ -215,7 +217,7 @@ def _look(
     looks = 1 if auto is None else len(look_sizes(auto.least, auto.most))
     seen: Accumulators | None = None
     used, verdicts, done = Used(), list[Verdict](), 0
-    with tqdm(total=sizes[-1], desc="measuring", unit="sample", disable=not progress, leave=False) as bar, quiet():
+    with tqdm(total=sizes[-1], desc="measuring", unit="sample", disable=None if progress else True, leave=False) as bar, quiet():
         for size in sizes:
             now, mine = Accumulators(schedule.models, metrics, keep=auto is not None), Used()
             taken = batches(text, done, size, calibration.batch_size, settings.alike)

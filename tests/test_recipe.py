@@ -181,7 +181,8 @@ def test_a_recipe_may_be_json(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "none.yaml")
-    assert str(caught.value) == f"{tmp_path / 'none.yaml'}: cannot read: No such file or directory"
+    begin = "a recipe is a YAML file; `layercut new` lists some to begin with"
+    assert str(caught.value) == f"{tmp_path / 'none.yaml'}: cannot read: No such file or directory; {begin}"
 
 
 def test_new_keys_of_slices_and_recipe() -> None:
