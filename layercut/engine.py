@@ -217,7 +217,7 @@ def _look(
     looks = 1 if auto is None else len(look_sizes(auto.least, auto.most))
     seen: Accumulators | None = None
     used, verdicts, done = Used(), list[Verdict](), 0
-    with tqdm(total=sizes[-1], desc="measuring", unit="sample", disable=None if progress else True, leave=False) as bar, quiet():
+    with tqdm(total=sizes[-1], desc="measuring", unit="sample", disable=not progress, leave=False) as bar, quiet():
         for size in sizes:
             now, mine = Accumulators(schedule.models, metrics, keep=auto is not None), Used()
             taken = batches(text, done, size, calibration.batch_size, settings.alike)

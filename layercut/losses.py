@@ -151,7 +151,7 @@ class Meter:
         count = len(reading.text.ids)
         alike = any(model.config.get("model_type") in PADDED for model in self._models.values())
         mine = len(range(count)[self._ranks.seat.rank :: self._ranks.seat.world])
-        with tqdm(total=mine, desc="fitting", unit="sample", disable=None if self._progress else True, leave=False) as bar:
+        with tqdm(total=mine, desc="fitting", unit="sample", disable=not self._progress, leave=False) as bar:
             for batch in self._ranks.share(batches(reading.text, 0, count, self._calibration.batch_size, alike)):
                 yield batch
                 bar.update(len(batch))
@@ -228,7 +228,7 @@ class Meter:
         total = len(orders) * len(range(start, stop)[self._ranks.seat.rank :: self._ranks.seat.world])
         alike = any(model.config.get("model_type") in PADDED for model in self._models.values())
         name = f"losses of {len(orders)} stacks" if len(orders) > 1 else "loss"
-        shown = tqdm(total=total, desc=name, unit="sample", disable=None if self._progress else True, leave=False)
+        shown = tqdm(total=total, desc=name, unit="sample", disable=not self._progress, leave=False)
         mine = self._ranks.share(batches(reading.text, start, stop, size, alike))
         with self._together(), shown as bar, quiet():
             if self._relay is not None:

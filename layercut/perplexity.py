@@ -97,7 +97,7 @@ class LanguageModel:
         if self._streamed is not None:
             self._streamed.relay.progress = progress
         with (
-            tqdm(total=calibration.most, desc="perplexity", unit="window", disable=None if progress else True, leave=False) as bar,
+            tqdm(total=calibration.most, desc="perplexity", unit="window", disable=not progress, leave=False) as bar,
             quiet(),
         ):
             for batch, loss in self._losses(self._batches(calibration)):

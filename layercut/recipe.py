@@ -21,7 +21,7 @@ from layercut.selectors import Selectors
 from layercut.sizes import Size
 from layercut.stack import Record
 from layercut.upload import Upload, as_upload
-from layercut.yamltext import Key, YamlText
+from layercut.yamltext import Key, PlainData, YamlText
 
 
 def _check_bound(value: object) -> object:
@@ -294,9 +294,9 @@ class Recipe(Record):
         return self.model_dump(mode="json", exclude_unset=True, by_alias=True)
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe. `overrides` are `KEY=VALUE` as for `--set`. Raises RecipeError, one line for each fault."""
-    text = YamlText.read(Path(path))
+def load_recipe(recipe: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: a file, or the same as data. `overrides` are `KEY=VALUE` as for `--set`. Raises RecipeError, one line a fault."""
+    text = PlainData(recipe) if isinstance(recipe, Mapping) else YamlText.read(Path(recipe))
     for assignment in overrides:
         text.override(assignment)
     return parse_recipe(text)

@@ -139,7 +139,7 @@ class _Run:
         for alias, skeleton in self._skeletons.items():
             self._begin(alias, skeleton, roots.get(alias))
         index, aliases = 0, list(self._skeletons)
-        with tqdm(total=total, desc="layer by layer", unit="layer", disable=None if progress else True, leave=False) as bar:
+        with tqdm(total=total, desc="layer by layer", unit="layer", disable=not progress, leave=False) as bar:
             while self._waiting:
                 layer = min(self._waiting, key=lambda one: (one.index < index, one.index, aliases.index(one.model)))
                 index, waiting = layer.index, self._waiting.pop(layer)

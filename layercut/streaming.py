@@ -208,7 +208,7 @@ class Streamed:
         return kept + max(sizes) * work.tokens
 
     def _bar(self, skeleton: Skeleton) -> tqdm[Any]:
-        return tqdm(total=len(skeleton.layers), desc="measuring", unit="layer", disable=None if self._progress else True, leave=False)
+        return tqdm(total=len(skeleton.layers), desc="measuring", unit="layer", disable=not self._progress, leave=False)
 
 
 def _area(batch: Sequence[Sample]) -> int:

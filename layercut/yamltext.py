@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,18 @@ class YamlText:
             with contextlib.suppress(ValueError, LookupError):  # an explicit tag on text that is no such thing
                 return self._scalars.construct_object(node)
         return node.value
+
+
+class PlainData(YamlText):
+    """Data that came from no text: a place is the keys that lead there, joined by dots."""
+
+    def __init__(self, data: Mapping[str, Any], name: str = "recipe") -> None:
+        super().__init__(json.dumps(data, default=str), name)
+
+    def where(self, path: Sequence[Key], *, key: bool = False) -> str:
+        """`recipe.steps.0.prune`: what of the path there is, and the key itself where it is at fault."""
+        found = self.present(path[:-1]) + tuple(path[-1:]) if key else self.present(path)
+        return ".".join(map(str, (self.name, *found)))
 
 
 def _position(target: list[Any], part: str, place: str) -> int:

@@ -58,6 +58,7 @@ def test_a_size_is_right_to_four_digits(count: int) -> None:
 def test_changes() -> None:
     assert change(200, 150, amount) == "200 -> 150 (-25.0 %)"
     assert change(0, 5, size) == "0 B -> 5 B"
+    assert change(337_520, 337_440, size) == "337.5 kB -> 337.4 kB (+0.0 %)"  # not -0.0
 
 
 def test_columns_are_aligned() -> None:
