@@ -25,9 +25,16 @@ def fault_lines(error: ValidationError, text: YamlText, root: type[BaseModel], o
 
     `root` is the model that was validated; `origin` tells where in the text a place in the data stood.
     """
-    lines = list(dict.fromkeys(_line(fault, text, root, origin) for fault in _causes(error.errors())))
+    lines = _once(dict.fromkeys(_line(fault, text, root, origin) for fault in _causes(error.errors())))
     more = len(lines) - MOST
     return lines if more <= 0 else [*lines[:MOST], f"and {more} more mistake{'s' if more > 1 else ''}; is this a recipe?"]
+
+
+def _once(lines: Iterable[str]) -> list[str]:
+    """The lines, with what is known in one place said once."""
+    told: dict[str, str] = {}
+    parts = [(line, *line.rpartition("; known ")) for line in lines]
+    return [head if head and told.setdefault(known, line) != line else line for line, head, _, known in parts]
 
 
 def _causes(faults: Sequence[ErrorDetails]) -> Iterator[ErrorDetails]:

@@ -96,10 +96,7 @@ class LanguageModel:
         total, tokens, count = 0.0, 0, 0
         if self._streamed is not None:
             self._streamed.relay.progress = progress
-        with (
-            tqdm(total=calibration.most, desc="perplexity", unit="window", disable=not progress, leave=False) as bar,
-            quiet(),
-        ):
+        with tqdm(total=calibration.most, desc="perplexity", unit="window", disable=not progress, leave=False) as bar, quiet():
             for batch, loss in self._losses(self._batches(calibration)):
                 total += loss
                 tokens += len(batch) * (len(batch[0]) - 1)

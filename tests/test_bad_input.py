@@ -517,6 +517,7 @@ def test_two_mistakes_are_two_lines(tmp_path: Path, model: Checkpoint) -> None:
 def test_of_many_mistakes_the_first_are_told(tmp_path: Path, model: Checkpoint) -> None:
     lines = said("model: m\n" + "".join(f"xyz{at}: 1\n" for at in range(30)), tmp_path, model).splitlines()
     assert [line.partition("; ")[0] for line in lines[:12]] == [f"r.yaml:{at + 2}:1: unknown key 'xyz{at}'" for at in range(12)]
+    assert ["known keys are" in line for line in lines] == [True] + [False] * 12
     assert lines[12:] == ["and 18 more mistakes; is this a recipe?"]
 
 
