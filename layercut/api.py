@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from layercut import fetching
 from layercut.analysis import Analysis, Folder, make_analysis
 from layercut.architecture import Member, find_stack
 from layercut.caches import measurement_cache
-from layercut.calibration import BuiltinCalibration, Calibration, CalibrationBase
-from layercut.errors import CalibrationError, LayercutError, OutputError, RecipeError, printable
+from layercut.calibration import BuiltinCalibration, Calibration, changed
+from layercut.errors import CalibrationError, LayercutError, OutputError, RecipeError, UploadError, printable
 from layercut.executor import execute, published
 from layercut.header import quoted
-from layercut.metrics import Angular, Cosine, Euclidean, Metric, RelativeMagnitude
+from layercut.metrics import Angular, Cosine, Euclidean, Metric, RelativeMagnitude, parse_metric
 from layercut.plan import MAX_PLAN, Measurement, Plan
 from layercut.planner import build_plan
 from layercut.push import Outcome, Push, check_licence
@@ -40,6 +40,7 @@ from layercut.upload import Upload
 if TYPE_CHECKING:
     from layercut.engine import Running
 
+Read = TypeVar("Read", Recipe, Plan, Recipe | Plan)
 # Tells a plan from a recipe that is written as JSON, in whatever order its keys stand.
 PLAN = re.compile(rb'(?<!\\)"format"\s*:\s*"layercut-plan/')
 
@@ -56,7 +57,7 @@ SURVEY = (
 
 
 def plan_recipe(
-    recipe: Recipe | str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -64,20 +65,25 @@ def plan_recipe(
     ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> Plan:
-    """Plan a recipe, or the recipe in a file with `KEY=VALUE` overrides. Measures only when the recipe leaves something open.
+    """Plan a recipe, or one in a file or a dict, with `KEY=VALUE` overrides. Measures only when the recipe leaves something open.
 
     `out` takes the place of the recipe's output: files are laid out for the filesystem that it lies on. `memory` is what the process
     may take while it measures, in bytes; None for what is free. Models that do not fit are streamed layer by layer, which gives the
     same numbers. `ranks` are the processes that share the samples, each of which makes the same plan. Raises LayercutError with one
     clear line.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides)
+    recipe = load_recipe(recipe, overrides) if not isinstance(recipe, Recipe) else _as_it_is(recipe, overrides)
     named = out or (recipe.output and recipe.output.path)
     sharing = partial(sharing_filesystem, output_of(recipe, out)) if named else None
     measured = partial(_measured, progress=progress, memory=memory, ranks=ranks)
     run = partial(_run, progress=progress, memory=memory, ranks=ranks)
-    return build_plan(recipe, resolve=partial(resolve, progress=progress), measure=measured, sharing=sharing, run=run)
+    try:
+        return build_plan(recipe, resolve=partial(resolve, progress=progress), measure=measured, sharing=sharing, run=run)
+    except CalibrationError as error:
+        if "--memory" in (error.hint or ""):  # nothing that the recipe says
+            raise
+        where = ": ".join([recipe.where("calibration"), *([error.where] if error.where else [])])
+        raise CalibrationError(error.message, where=where, hint=error.hint) from None
 
 
 def _measured(
@@ -117,9 +123,9 @@ def _running(members: Mapping[str, Member], progress: bool, memory: int | None, 
 
 
 def analyze(
-    target: Recipe | str | Path,
+    target: Recipe | Mapping[str, Any] | str | Path,
     *,
-    metrics: Sequence[Metric] = (),
+    metrics: Sequence[Metric | str] = (),
     text: Mapping[str, Any] = MappingProxyType({}),
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
@@ -130,14 +136,15 @@ def analyze(
 ) -> Analysis:
     """Measure the distances of a model, or of the models that layers are taken from in a recipe, in one pass.
 
-    `metrics` are measured instead of the recipe's; of a model all that need no fit are by default. `text` holds keys of `calibration`
-    that replace the recipe's: `samples`, `max_length`, `path`, `column`. `overrides` are `KEY=VALUE` for a recipe in a file. With `out`
-    the tables, pictures and the page are written to that folder. `memory` and `ranks` are as in `plan_recipe`; the
-    main rank writes. Raises LayercutError with one clear line.
+    `metrics`, or names such as `angular:all`, are measured instead of the recipe's; of a model all that need no fit are by default.
+    `text` holds keys of `calibration` that replace the recipe's: `samples`, `max_length`, `path`, `column`. `overrides` are `KEY=VALUE`
+    for a recipe in a file or a dict. With `out` the tables, pictures and the page are written to that folder. `memory` and `ranks` are as
+    in `plan_recipe`; the main rank writes. Raises LayercutError with one clear line.
     """
     subject = _subject(target, overrides, partial(resolve, progress=progress))
-    wanted = tuple({metric.label: metric for metric in metrics or subject.metrics}.values())
-    calibration = _changed(subject.calibration, text)
+    asked = [parse_metric(metric) if isinstance(metric, str) else metric for metric in metrics]
+    wanted = tuple({metric.label: metric for metric in asked or subject.metrics}.values())
+    calibration = changed(subject.calibration, text)
     folder = None if out is None or not ranks.main else Folder(_folder_of(out), overwrite)
     if folder is not None:
         folder.check(subject.members)
@@ -157,8 +164,9 @@ class _Subject(NamedTuple):
     calibration: Calibration
 
 
-def _subject(target: Recipe | str | Path, overrides: Sequence[str], resolve: Resolve) -> _Subject:
+def _subject(target: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str], resolve: Resolve) -> _Subject:
     """A recipe, its file, or a model."""
+    target = load_recipe(target, overrides) if isinstance(target, Mapping) else target
     path = Path(os.path.expanduser(target)) if isinstance(target, str | Path) else None  # noqa: PTH111
     if path is not None and path.suffix.lower() in RECIPES:
         found = load(path, overrides)
@@ -174,23 +182,8 @@ def _subject(target: Recipe | str | Path, overrides: Sequence[str], resolve: Res
     return _Subject({name: Member(checkpoint, find_stack(checkpoint))}, SURVEY, BuiltinCalibration())
 
 
-def _changed(calibration: Calibration, text: Mapping[str, Any]) -> Calibration:
-    """The calibration with other settings; a path makes it one of local files."""
-    if not text:
-        return calibration
-    data = calibration.model_dump()
-    if "path" in text:
-        data = {"source": "text", **{name: data[name] for name in CalibrationBase.model_fields if name in data}}
-    adapter: TypeAdapter[Calibration] = TypeAdapter(Calibration)
-    try:
-        return adapter.validate_python(data | dict(text))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise CalibrationError(f"{first['loc'][-1]}: {first['msg']}", where=f"{data['source']} text") from None
-
-
 def run_recipe(
-    recipe: Recipe | Plan | str | Path,
+    recipe: Recipe | Plan | Mapping[str, Any] | str | Path,
     *,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -201,7 +194,7 @@ def run_recipe(
     ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> Report:
-    """Plan, write, check, evaluate and publish, as the recipe says. A plan (or the file of one) is executed as it stands.
+    """Plan, write, check, evaluate and publish, as the recipe says. A plan (or its file) is executed as it stands; a recipe may be a dict.
 
     `out` takes the place of the recipe's output. Raises LayercutError with one clear line; the output folder is complete or
     does not exist. What a stopped run with the same plan wrote is gone on from, or with `restart` thrown away. `durable` is
@@ -209,8 +202,7 @@ def run_recipe(
     with. `memory` and `ranks` are as in `plan_recipe`; the main rank writes, and every rank is given the report.
     """
     started = time.time()
-    if not isinstance(recipe, Recipe | Plan):
-        recipe = load(recipe, overrides)
+    recipe = load(recipe, overrides) if not isinstance(recipe, Recipe | Plan) else _as_it_is(recipe, overrides)
     if not ranks.main:
         return _followed(recipe, output_of(recipe, out), memory, ranks)
     folder = output_of(recipe, out)
@@ -248,12 +240,24 @@ def _written(
     if push is not None:
         check_licence(make_sources(made), push.upload)
     made = fetching.fetch(made, whole=_evaluated(made), progress=progress)
+    if wanted is not None:
+        _check_evaluation(wanted, Path(made.sources[made.donor].folder))
     report = execute(made, folder, **writing, progress=progress, started=started)
     if wanted is not None:
         report = report.with_evaluation(evaluate(wanted, Path(made.sources[made.donor].folder), folder, memory=memory, progress=progress))
         write_report(folder, report)
     ranks.hand_out("report", report.to_json())
     return report
+
+
+def _check_evaluation(wanted: Evaluate, source: Path) -> None:
+    """Find out before the writing what would keep the result from being judged: no tokenizer, no text."""
+    from layercut.documents import passages
+    from layercut.loading import load_tokenizer
+
+    load_tokenizer(source)
+    if wanted.perplexity is not None:
+        next(passages(wanted.perplexity, held_out=True), None)
 
 
 def _followed(recipe: Recipe | Plan, folder: Path, memory: int | None, ranks: Ranks) -> Report:
@@ -295,7 +299,10 @@ def push_model(folder: str | Path, upload: Upload | str, *, progress: bool = Tru
     visible at once; a second call sends only what is not there, and makes no commit when nothing is to change. layercut.json then says
     where it was published. Raises LayercutError with one clear line.
     """
-    push = Push(Upload(repo=upload) if isinstance(upload, str) else upload, progress=progress)
+    try:
+        push = Push(Upload(repo=upload) if isinstance(upload, str) else upload, progress=progress)
+    except ValidationError as error:
+        raise UploadError(str(error.errors()[0]["msg"]).removeprefix("Value error, "), where=str(upload)) from None
     push.check_rights()
     return _publish(push, _folder_of(folder), progress)[0]
 
@@ -333,8 +340,17 @@ def _evaluated(plan: Plan) -> tuple[str, ...]:
     return () if _asked(plan).evaluate is None else (plan.donor,)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Plan:
-    """Read a recipe or a plan, whichever the file holds."""
+def _as_it_is(recipe: Read, overrides: Sequence[str]) -> Read:
+    """A recipe or plan that was read before. Raises RecipeError where something is to be overridden all the same."""
+    if overrides:
+        raise RecipeError("overrides go with a recipe that is read from a file or a dict", hint="give them to load_recipe")
+    return recipe
+
+
+def load(path: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Recipe | Plan:
+    """Read a recipe or a plan, whichever the file holds; a dict is a recipe."""
+    if isinstance(path, Mapping):
+        return load_recipe(path, overrides)
     try:
         text = read_small(Path(path), MAX_PLAN, RecipeError)
     except OSError:

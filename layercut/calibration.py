@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Discriminator, Field, StrictBool, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, StrictBool, Tag, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
+from layercut.errors import CalibrationError, did_you_mean
 from layercut.record import Record
 
 
@@ -204,3 +205,22 @@ def sources(calibration: Calibration) -> Sequence[Source]:
 def described(source: Source) -> dict[str, Any]:
     """What a source is, as plain JSON data, without what all sources of a recipe have in common."""
     return {key: value for key, value in source.model_dump(mode="json").items() if key not in CalibrationBase.model_fields}
+
+
+def changed(calibration: Calibration, text: Mapping[str, Any]) -> Calibration:
+    """The calibration with other settings; a path makes it one of local files."""
+    if not text:
+        return calibration
+    data = calibration.model_dump()
+    if "path" in text:
+        data = {"source": "text", **{name: data[name] for name in CalibrationBase.model_fields if name in data}}
+    adapter: TypeAdapter[Calibration] = TypeAdapter(Calibration)
+    try:
+        return adapter.validate_python(data | dict(text))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, known = str(first["loc"][-1]), sorted(data.keys() | {"path", "column"})
+        if key not in known:
+            hint = did_you_mean(key, known) or f"known are {', '.join(known)}"
+            raise CalibrationError(f"unknown key '{key}' of text", hint=hint) from None
+        raise CalibrationError(f"{key}: {first['msg']}", where=f"{data['source']} text") from None

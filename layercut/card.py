@@ -11,7 +11,7 @@ import yaml
 
 from layercut.cardmetadata import base_models, is_pruned
 from layercut.disclosure import disclosed, pinned, repo_of
-from layercut.display import amount, change, columns, picture, size
+from layercut.display import amount, change, columns, picture, priced, size
 from layercut.errors import printable
 from layercut.heatmap import bounds, cells, draw
 from layercut.plan import Table
@@ -180,7 +180,7 @@ def _seams(report: Report) -> Iterator[str]:
     for seam in report.seams[:LONGEST]:
         prices = (seam.distances.get(label) for label in labels)
         row = (str(seam.at), _end(seam.from_model, seam.from_boundary, several), _end(seam.to_model, seam.to_boundary, several))
-        rows.append((*row, *("" if price is None else f"{price.mean:.4f} ± {price.stderr:.4f}" for price in prices)))
+        rows.append((*row, *("" if price is None else priced(price.mean, price.stderr) for price in prices)))
     yield _rows(("before layer", "state given", "state expected", *map(code, labels)), rows)
     yield from _and_more(len(report.seams))
 

@@ -178,6 +178,10 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     if not path.is_file():
         gguf = sorted(found.name for found in folder.glob("*.gguf"))
         hint = f"for a GGUF model name the file itself: {folder / gguf[0]}" if gguf else "name the folder that holds the model"
+        below = sorted(found.parent for pattern in (f"*/{CONFIG}", f"snapshots/*/{CONFIG}") for found in folder.glob(pattern))
+        hint = f"{hint}, such as {below[0]}" if below and not gguf else hint
+        if (folder / ADAPTER).is_file():
+            raise CheckpointError("an adapter, not a model", where=folder, hint="merge it into its base model first")
         raise CheckpointError(f"no {CONFIG} in {folder}", hint=hint)
     text = read_text(path, folder, MAX_CONFIG)
     config = parse_json(text, path, infinity=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import signal
 import sys
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from layercut import api, display, gallery
 from layercut.analysis import PAGE
@@ -24,7 +23,7 @@ from layercut.architecture import find_stack
 from layercut.caches import NO_CACHE, OFFLINE
 from layercut.errors import LayercutError, OutputError, printable
 from layercut.hubfaults import UnreachableError, scrubbed
-from layercut.metrics import Metric, MetricSpec
+from layercut.metrics import parse_metric
 from layercut.ranks import SilentError, joined
 from layercut.recipe import Recipe
 from layercut.report import REPORT, read_report
@@ -32,7 +31,6 @@ from layercut.sizes import parse_size
 from layercut.source import resolve
 from layercut.upload import Upload
 from layercut.version import __version__
-from layercut.yamltext import YamlText
 
 DONE, INPUT, USAGE, BUG, INTERRUPTED = 0, 1, 2, 3, 130
 # Characters of a line of an error.
@@ -120,6 +118,8 @@ def run(recipe: str, out: str | None, overrides: Sequence[str], as_json: bool, q
         report = api.run_recipe(loaded, out=folder, progress=not quiet and ranks.main, ranks=ranks, **choices)
     if not ranks.main:
         return
+    for note in report.notes:
+        click.echo(f"note: {printable(note)}", err=True)
     _echo(_plain(report.to_json()) if as_json else display.report_text(report, folder), nl=not as_json)
 
 
@@ -129,6 +129,8 @@ def run(recipe: str, out: str | None, overrides: Sequence[str], as_json: bool, q
 @measures
 def plan(recipe: str, output: str | None, overrides: Sequence[str], memory: int | None, as_json: bool, quiet: bool) -> None:
     """Decide everything, write no model."""
+    if output is not None:
+        _check_file(Path(output))  # before the long work
     with joined() as ranks:
         made = api.plan_recipe(recipe, overrides=overrides, memory=memory, ranks=ranks, progress=not quiet and ranks.main)
     if not ranks.main:
@@ -145,18 +147,13 @@ def plan(recipe: str, output: str | None, overrides: Sequence[str], memory: int 
         click.echo(f"to do this: layercut run {output}", err=True)
 
 
-def _metric(text: str) -> Metric:
-    """A metric as it is spelled on the command line: `angular`, `angular:all`, or as in a recipe, `{name: angular, token: all}`."""
-    if text.lstrip().startswith("{"):
-        data = YamlText(text, "--metric").data
-    else:
-        name, colon, token = text.partition(":")
-        data = {"name": name, **({"token": int(token) if re.fullmatch("-?[0-9]{1,6}", token) else token} if colon else {})}
-    adapter: TypeAdapter[Metric] = TypeAdapter(MetricSpec)
-    try:
-        return adapter.validate_python(data)
-    except ValidationError as error:
-        raise LayercutError(error.errors()[0]["msg"], where=f"--metric {text}") from None
+def _check_file(path: Path) -> None:
+    """Raise OutputError for a file that could not be written."""
+    wrong = "it is a folder" if path.is_dir() else None if path.parent.is_dir() else "there is no such folder"
+    if wrong is None and not os.access(path if path.exists() else path.parent, os.W_OK):
+        wrong = "no permission"
+    if wrong is not None:
+        raise OutputError(f"cannot write the plan: {wrong}", where=path)
 
 
 @cli.command()
@@ -184,9 +181,9 @@ def analyze(
     quiet: bool,
     **text: Any,
 ) -> None:
-    """Measure the distances between all states of a model, or of the models of a recipe: which blocks could go."""
+    """Measure which blocks could go: how far apart states are. Of a model, or of all models of a recipe."""
     settings = {{"text": "path"}.get(name, name): value for name, value in text.items() if value is not None}
-    wanted = [_metric(metric) for metric in metrics]
+    wanted = [parse_metric(metric) for metric in metrics]
     with _terminated_as_interrupted(), joined() as ranks:
         options: dict[str, Any] = {"overrides": overrides, "out": output, "overwrite": overwrite, "memory": memory, "ranks": ranks}
         found = api.analyze(target, metrics=wanted, text=settings, progress=not quiet and ranks.main, **options)
@@ -205,7 +202,7 @@ def analyze(
 @offline
 @as_json
 def inspect(model: str, stack: str | None, as_json: bool) -> None:
-    """Show layers, sizes, dtypes, what in the config depends on the layers, and how layercut made the model, if it did."""
+    """Show layers, sizes, and what in the config depends on layers. Also how layercut made the model, if it did."""
     checkpoint = resolve(model)
     data = display.inspect_data(checkpoint, find_stack(checkpoint, stack))
     with suppress(UnreachableError):  # it is of use, not needed
@@ -253,7 +250,7 @@ def evaluate(
 @offline
 @quiet
 def verify(folder: str, no_contents: bool, no_load: bool, as_json: bool, quiet: bool) -> None:
-    """Check an output against its own report, its sources, and transformers."""
+    """Check an output: its report, its sources, and that it loads."""
     from layercut.verify import verify as check
 
     result = check(Path(folder), load=not no_load, contents=not no_contents, progress=not quiet)
@@ -300,7 +297,7 @@ def push(folder: str, repo: str, as_json: bool, quiet: bool, **choices: Any) -> 
 @click.argument("name", required=False)
 @as_json
 def new(name: str | None, as_json: bool) -> None:
-    """Print a starter recipe, to save as a file of your own; without a name, the gallery."""
+    """Print a starter recipe; without a name, the gallery. Save it as a file of your own."""
     if name is not None:
         found = gallery.starter(name)
         _echo(_dumps(found._asdict()) if as_json else found.text, nl=as_json)
@@ -322,7 +319,12 @@ def schema() -> None:
 
 def _echo(text: str, nl: bool = True) -> None:
     """Text on stdout, and nothing in it that works on the terminal: names and values come from files of others."""
-    click.echo(printable(text), nl=nl)
+    try:
+        click.echo(printable(text), nl=nl)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", where="stdout") from None
 
 
 def _dumps(data: Any) -> str:

@@ -50,13 +50,22 @@ def columns(rows: Iterable[Sequence[str]], indent: str = "  ") -> Iterator[str]:
 
 def change(before: int, after: int, unit: Any) -> str:
     """A number before and after, with the difference in percent."""
-    return f"{unit(before)} -> {unit(after)} ({100 * (after / before - 1):+.1f} %)" if before else f"{unit(before)} -> {unit(after)}"
+    return (
+        f"{unit(before)} -> {unit(after)} ({round(100 * (after / before - 1), 1) + 0.0:+.1f} %)"
+        if before
+        else f"{unit(before)} -> {unit(after)}"
+    )
+
+
+def priced(mean: float, stderr: float) -> str:
+    """A distance with its standard error, where there is one: a single sample has none."""
+    return f"{mean:.4f} ± {stderr:.4f}" if stderr else f"{mean:.4f}"
 
 
 def seam_line(seam: Seam, several: bool) -> str:
     """One seam with its distances: `13 -> 19, angular[last] 0.161 ± 0.004`."""
     ends = [f"{model}:" if several else "" for model in (seam.from_model, seam.to_model)]
-    prices = "".join(f", {label} {price.mean:.4f} ± {price.stderr:.4f}" for label, price in seam.distances.items())
+    prices = "".join(f", {label} {priced(price.mean, price.stderr)}" for label, price in seam.distances.items())
     return f"{ends[0]}{seam.from_boundary} -> {ends[1]}{seam.to_boundary}{prices}"
 
 
@@ -126,7 +135,7 @@ def _choice_lines(choice: Choice) -> list[str]:
     lines = [f"{choice.where}: {choice.chosen}, total seam distance {choice.cost:.4f} ({choice.metric})"]
     best = sorted(choice.candidates, key=lambda candidate: (candidate.cost, candidate.start))[:4]
     if len(best) > 1:
-        others = ", ".join(f"[{other.start}, {other.stop}) {other.cost:.4f} ± {other.stderr:.4f}" for other in best[1:])
+        others = ", ".join(f"[{other.start}, {other.stop}) {priced(other.cost, other.stderr)}" for other in best[1:])
         lines.append(f"  next best: {others}")
     return [*lines, ""]
 
@@ -191,7 +200,7 @@ def analysis_text(analysis: Analysis) -> str:
         rankings = [ranking for ranking in analysis.rankings if ranking.model == alias]
         rows = [("block size", *(ranking.metric for ranking in rankings))]
         for blocks in zip(*(ranking.blocks for ranking in rankings), strict=True):
-            rows.append((str(blocks[0].size), *(f"{block.removed:7} {block.score:.4f} ± {block.stderr:.4f}" for block in blocks)))
+            rows.append((str(blocks[0].size), *(f"{block.removed:7} {priced(block.score, block.stderr)}" for block in blocks)))
         lines += [
             f"{model.reference}: {model.depth} layers, {analysis.about}",
             *(f"  {line}" for line in account_lines(analysis.measurement.details)),

@@ -107,7 +107,7 @@ def _file(path: Path, source: Columned, tally: Tally) -> Iterator[Passage]:
                 held = True
                 yield passage
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"not UTF-8 text: {error.reason}", where=path) from None
+        raise CalibrationError(f"not UTF-8 text: {error.reason}", where=path, hint="save it as UTF-8") from None
     except OSError as error:
         raise CalibrationError(error.strerror or str(error), where=path) from None
     if not held:
@@ -166,4 +166,8 @@ def _content(row: Row, columns: tuple[str, ...]) -> str | Conversation:
 def _no_column(column: str, row: Row) -> CalibrationError:
     columns = ", ".join(f"'{key}'" for key in row.values) or "none"
     hint = did_you_mean(column, [key for key in row.values if isinstance(key, str)])
+    if len(row.values) == 1 and ";" in columns:
+        hint = "columns stand between commas, not ';'"
+    elif hint is None and row.values and column == COLUMNS[0]:
+        hint = "name the one to read: column: …"
     return CalibrationError(f"no column '{column}' (available: {columns})", where=row.place, hint=hint)

@@ -157,7 +157,9 @@ class Shelf:
             found = ranks.hand_out("known")
             self.known = Measurement.model_validate_json(found) if found else None
         if self.known is not None and running.progress and ranks.main:
-            print(f"measured before: {len(self.known.tables)} tables come from {root / FOLDER}", file=sys.stderr)
+            count = len(self.known.tables)
+            tables = "1 table comes" if count == 1 else f"{count} tables come"
+            print(f"measured before: {tables} from {root / FOLDER}", file=sys.stderr)
 
     def keep(self, measurement: Measurement) -> Measurement:
         """Write what was measured, and return it with what was known."""

@@ -58,10 +58,11 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode() for sign in text)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """A hint with the nearest known word, or None when nothing is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else None
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """A hint with the nearest known word, whatever its case, or None when nothing is near (1 is equal, 0 has nothing in common)."""
+    words = {one.casefold(): one for one in known}
+    near = difflib.get_close_matches(word.casefold(), list(words), n=1, cutoff=cutoff)
+    return f"did you mean '{words[near[0]]}'?" if near else None
 
 
 def first_line(error: BaseException) -> str:

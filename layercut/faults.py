@@ -14,6 +14,9 @@ from pydantic_core.core_schema import ErrorType
 from layercut.errors import RecipeError, did_you_mean
 from layercut.yamltext import Key, YamlText
 
+MOST = 12
+"""Mistakes that are told at once."""
+
 Origin = Callable[[Sequence[Key]], tuple[Key, ...]]
 
 
@@ -22,7 +25,16 @@ def fault_lines(error: ValidationError, text: YamlText, root: type[BaseModel], o
 
     `root` is the model that was validated; `origin` tells where in the text a place in the data stood.
     """
-    return list(dict.fromkeys(_line(fault, text, root, origin) for fault in _causes(error.errors())))
+    lines = _once(dict.fromkeys(_line(fault, text, root, origin) for fault in _causes(error.errors())))
+    more = len(lines) - MOST
+    return lines if more <= 0 else [*lines[:MOST], f"and {more} more mistake{'s' if more > 1 else ''}; is this a recipe?"]
+
+
+def _once(lines: Iterable[str]) -> list[str]:
+    """The lines, with what is known in one place said once."""
+    told: dict[str, str] = {}
+    parts = [(line, *line.rpartition("; known ")) for line in lines]
+    return [head if head and told.setdefault(known, line) != line else line for line, head, _, known in parts]
 
 
 def _causes(faults: Sequence[ErrorDetails]) -> Iterator[ErrorDetails]:
@@ -43,7 +55,8 @@ def _line(fault: ErrorDetails, text: YamlText, root: type[BaseModel], origin: Or
         known = sorted(_known(path[:-1], root))
         what = ("operation", "operations") if path[:1] == ("steps",) and len(path) == 3 else ("key", "keys")
         message = f"unknown {what[0]} '{path[-1]}'"
-        hint = did_you_mean(str(path[-1]), known) or f"known {what[1]} are {', '.join(known)}"
+        hint = _unknown(str(path[-1]), path, fault.get("input"), root)
+        hint = hint or did_you_mean(str(path[-1]), known) or f"known {what[1]} are {', '.join(known)}"
     elif kind == "missing":
         message = f"'{path[-1]}' is missing"
     elif kind.startswith("union_tag"):
@@ -59,10 +72,22 @@ def _line(fault: ErrorDetails, text: YamlText, root: type[BaseModel], origin: Or
         shown = ".".join(str(part) for part in text.present(origin(path)))
         message = f"{shown or 'recipe'}: {_expected(fault)}, found {_shown(fault.get('input'))}"
         if kind == "literal_error" and isinstance(fault.get("input"), str):
-            hint = did_you_mean(fault["input"], re.findall("'([^']+)'", context["expected"]))
+            hint = did_you_mean(fault["input"], re.findall("'([^']+)'", context["expected"]), 0.5)
+        if kind == "tuple_type" and isinstance(fault.get("input"), Mapping):
+            hint = "begin each entry with a dash and a space"
     where = text.where(origin(path), key=kind == "extra_forbidden" or "at" in context)
     line = str(RecipeError(message, where=where, hint=hint))
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
+
+
+def _unknown(key: str, path: Sequence[Key], value: Any, root: type[BaseModel]) -> str | None:
+    """What to do about a key that is none because of how it is written, or because it stands too far to the left."""
+    if value is None and ":" in key:
+        return "write a space behind the ':'"
+    if value is None and re.fullmatch("-?[0-9]+(-[0-9]+)?", key.strip()):
+        return "a list goes in brackets, such as [3, 4]"
+    homes = [f"'{name}'" for name in root.model_fields if len(path) == 1 and key in _known((name,), root) - {*root.model_fields}]
+    return f"it belongs below {' or '.join(homes)}" if homes else None
 
 
 def _with_found(message: str, found: Any) -> str:

@@ -177,7 +177,10 @@ def _read_raw(path: Path) -> tuple[bytearray, int]:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise CheckpointError(f"file is {size} bytes, too short for safetensors: truncated, download it again", where=path)
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == b"version ":
+                raise CheckpointError("a Git LFS pointer, not the weights", where=path, hint="fetch the file itself with git lfs pull")
+            length = int.from_bytes(start, "little")
             if length > MAX_HEADER:
                 message = f"header length {length} is over the {MAX_HEADER} that layercut reads"
                 raise CheckpointError(message, where=path, hint="is it a safetensors file?")

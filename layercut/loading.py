@@ -24,6 +24,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+COPY = "copy tokenizer.json and tokenizer_config.json of the original model into the folder"
+TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken", "source", "target", "bpe")
+"""How the names of files begin that tokenizers are loaded from."""
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences transformers and Python warnings, and puts everything back. Errors still raise."""
@@ -155,12 +160,11 @@ def load_tokenizer(folder: Path) -> Any:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the same: no common base class
-        hint = "copy tokenizer.json and tokenizer_config.json of the original model into the folder"
-        raise own_code(error, folder) or CheckpointError(
-            f"no tokenizer can be loaded: {first_line(error)}", where=folder, hint=hint
-        ) from None
+        files = any(path.name.startswith(TOKENIZERS) for path in folder.iterdir())
+        why = first_line(error).rstrip(":") if files else "there is no file of one"
+        raise own_code(error, folder) or CheckpointError(f"no tokenizer can be loaded: {why}", where=folder, hint=COPY) from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise CheckpointError("the tokenizer has an empty vocabulary", where=folder)
+        raise CheckpointError("the tokenizer has an empty vocabulary", where=folder, hint=COPY)
     return tokenizer
 
 

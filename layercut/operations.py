@@ -191,7 +191,7 @@ class Prune(Chosen):
 
 
 class Keep(Operation):
-    """Keep only the layers that are named, in their order."""
+    """Keep only the layers that are named, in the order of the stack."""
 
     at: Selectors
     """Layers to keep, written as for `prune`."""
@@ -347,14 +347,14 @@ class Zero(Operation):
 def scaled(stack: Stack, chosen: Sequence[int], scaling: Scaling, site: Site) -> Stack:
     """The stack with a factor on tensors of some layers. Raises when the pattern matches nothing."""
     result = list(stack)
-    if not any(matches(scaling.tensors, name) for position in chosen for name in site.tensors(stack[position])):
-        whole = [name for position in chosen for name in site.tensors(stack[position])]
+    whole = [name for position in chosen for name in site.tensors(stack[position])]
+    if not any(matches(scaling.tensors, name) for name in whole):
+        near = [name for name in whole if matches(f"*{scaling.tensors.strip('*')}*", name)]
         ends = sorted({name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2] for name in whole})
-        hint = f"there are {', '.join(ends[:12])}" if ends else None
+        hint = f"a pattern is for whole names, such as {near[0]}" if near else f"there are {', '.join(ends[:12])}" if ends else None
         raise site.error(f"no tensor of these layers is named '{scaling.tensors}'", "tensors", hint=hint)
     for position in chosen:
-        layer = stack[position]
-        layer = layer.model_copy(update={"scalings": (*layer.scalings, (scaling,))})
+        layer = stack[position].model_copy(update={"scalings": (*stack[position].scalings, (scaling,))})
         outputs = site.outputs(layer) if scaling.by == 0 else ()
         silent = bool(outputs) and all(factor(layer, name) == 0 for name in outputs)
         result[position] = layer.model_copy(update={"identity": layer.identity or silent})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -27,7 +27,7 @@ from layercut.settling import Contest, Question, Way
 from layercut.shards import Grid
 from layercut.sharing import Sharing
 from layercut.stack import Stack, joints, models_of
-from layercut.start import Resolve, end_scalings, find_windows, givers, open_members, reachable_depth, stack_of
+from layercut.start import Resolve, end_scalings, find_windows, givers, open_members, placed, reachable_depth, stack_of
 from layercut.surgery import Surgery, operate
 from layercut.version import __version__
 
@@ -50,7 +50,7 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: S
     giving = givers(recipe, members)
     donor = recipe.base_model or next(iter(giving))
     tokenizer = _tokenizer(recipe, donor)
-    notes = (*recipe.notes, *check_together(members, donor, tuple(giving), tokenizer, inexact=recipe.allow == "inexact"))
+    notes = (*recipe.notes, *_together(recipe, members, donor, giving, tokenizer))
     evidence = _evidence(recipe, giving, measure, run)
     stack = _stack(recipe, evidence)
     used = {alias: members[alias] for alias in giving if any(alias in models_of(layer) for layer in stack)}
@@ -84,6 +84,13 @@ def build_plan(recipe: Recipe, *, resolve: Resolve, measure: Measure, sharing: S
             texts=dict(surgery.texts),
         ),
     )
+
+
+def _together(recipe: Recipe, members: Mapping[str, Member], donor: str, giving: Iterable[str], tokenizer: str) -> Iterator[str]:
+    """Notes on models that are stacked though they differ; an error names the place of the model that does not fit."""
+    for alias in giving:
+        with placed(recipe, alias):
+            yield from check_together(members, donor, (alias,), tokenizer, inexact=recipe.allow == "inexact")
 
 
 def _evidence(recipe: Recipe, giving: Mapping[str, Member], measure: Measure, run: Run | None) -> Evidence:

@@ -21,7 +21,7 @@ from layercut.selectors import Selectors
 from layercut.sizes import Size
 from layercut.stack import Record
 from layercut.upload import Upload, as_upload
-from layercut.yamltext import Key, YamlText
+from layercut.yamltext import Key, PlainData, YamlText
 
 
 def _check_bound(value: object) -> object:
@@ -100,6 +100,8 @@ class Slice(Record):
     @model_validator(mode="before")
     @classmethod
     def _one_form(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not {*data} <= {field.alias or name for name, field in cls.model_fields.items()}:
+            return data  # an unknown key is the mistake
         if isinstance(data, Mapping) and ("sources" in data) == ("layer_range" in data):
             raise ValueError("a slice takes either 'layer_range' or 'sources'")
         if isinstance(data, Mapping) and "sources" in data and "model" in data:
@@ -134,7 +136,15 @@ class StepBase(Record):
     @model_validator(mode="before")
     @classmethod
     def _one_operation(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and len(data) > 1:
+        known = [name for name in data if name in OPERATIONS] if isinstance(data, Mapping) else []
+        stray = next((name for kind in known for name in data if name in OPERATIONS[kind].model_fields), None)
+        if len(known) == 1 and stray is not None:
+            raise PydanticCustomError(
+                "beside",
+                "'{at}' stands beside '{kind}', not below it; indent it further, or write {kind}: {{at}: …}",
+                {"at": stray, "kind": known[0]},
+            )
+        if isinstance(data, Mapping) and len(data) > 1 and len(known) == len(data):
             raise ValueError(f"a step is one operation, found {len(data)} ({', '.join(map(str, data))}): write each as a step of its own")
         if not isinstance(data, Mapping) or not data:
             raise ValueError(f"expected a step such as 'prune: {{layers: 6}}' (operations: {', '.join(OPERATIONS)})")
@@ -284,9 +294,9 @@ class Recipe(Record):
         return self.model_dump(mode="json", exclude_unset=True, by_alias=True)
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe. `overrides` are `KEY=VALUE` as for `--set`. Raises RecipeError, one line for each fault."""
-    text = YamlText.read(Path(path))
+def load_recipe(recipe: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: a file, or the same as data. `overrides` are `KEY=VALUE` as for `--set`. Raises RecipeError, one line a fault."""
+    text = PlainData(recipe) if isinstance(recipe, Mapping) else YamlText.read(Path(recipe))
     for assignment in overrides:
         text.override(assignment)
     return parse_recipe(text)

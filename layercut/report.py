@@ -202,8 +202,9 @@ def write_report(folder: Path, report: Report, durable: bool = True) -> None:
         raise explained(error, path) from error
 
 
-def read_report(folder: Path) -> Report:
+def read_report(folder: Path | str) -> Report:
     """Read layercut.json of an output folder. Raises CheckpointError when it is missing, damaged or of another version."""
+    folder = Path(folder)
     path = folder / REPORT
     try:
         reject_escape(path, folder)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 
 from layercut.caches import cache_folder
-from layercut.checkpoint import Checkpoint, open_checkpoint
-from layercut.errors import CheckpointError
+from layercut.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from layercut.errors import CheckpointError, did_you_mean
+from layercut.hubfaults import UnreachableError
 from layercut.hubmodel import HubModel, open_folder
 from layercut.mirror import Mirror
+
+PAGE = re.compile(r"https?://[^/]+/([^/?#]+/[^/?#]+)")
+"""The address of a repository on a Hub."""
 
 
 def resolve(reference: str, *, whole: bool = False, progress: bool = True) -> Checkpoint:
@@ -37,7 +43,17 @@ def resolve(reference: str, *, whole: bool = False, progress: bool = True) -> Ch
         return open_checkpoint(convert(path, cache_folder()), reference=reference)
     if is_file:
         raise CheckpointError("a file, not a folder", where=reference, hint="give the folder that holds config.json, or a .gguf file")
-    return _on_hub(reference, progress).open(whole)
+    try:
+        return _on_hub(reference, progress).open(whole)
+    except UnreachableError as error:
+        raise UnreachableError(error.message, where=error.where, hint=_near(path) or error.hint) from None
+
+
+def _near(path: Path) -> str | None:
+    """The model folder beside the one that is not there, whose name is much the same."""
+    with suppress(OSError):
+        return did_you_mean(path.name, (one.name for one in path.parent.iterdir() if (one / CONFIG).is_file()))
+    return None
 
 
 def resolve_commit(reference: str, commit: str, *, progress: bool = True) -> Checkpoint:
@@ -63,8 +79,10 @@ def _open_given(path: Path, reference: str) -> Checkpoint:
 def _on_hub(reference: str, progress: bool) -> HubModel:
     """The repository that a reference names, if it could name one."""
     repo, at, revision = reference.partition("@")
+    if page := PAGE.match(reference):
+        raise CheckpointError("an address, not a model", where=reference, hint=f"write the Hub id alone: {page[1]}")
     if repo.startswith((".", "/", "~")) or "\\" in repo or repo[1:3] == ":/" or repo.count("/") > 1 or repo.endswith("/"):
-        raise CheckpointError("no such folder", where=reference)
+        raise CheckpointError("no such folder", where=reference, hint=_near(Path(reference)))
     if at and not revision:
         raise CheckpointError("no revision after '@'", where=reference)
     return HubModel(reference, repo, revision or "main", progress)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from layercut.architecture import Member, find_stack
 from layercut.boundaries import Window, least_length
 from layercut.checkpoint import Checkpoint
-from layercut.errors import LayercutError, RecipeError
+from layercut.errors import LayercutError, RecipeError, did_you_mean
 from layercut.recipe import Recipe, Slice
 from layercut.scalings import Groups, Parameters, slice_scalings
 from layercut.selectors import check_height, positions
@@ -30,15 +31,23 @@ def open_members(recipe: Recipe, resolve: Resolve) -> dict[str, Member]:
     An error names the place in the recipe where the model stands.
     """
     members: dict[str, Member] = {}
-    for alias, path in _named(recipe):
-        if alias not in members:
-            try:
-                checkpoint = resolve(recipe.models.get(alias, alias))
-                members[alias] = Member(checkpoint, find_stack(checkpoint, recipe.stack_of(alias), recipe.architecture))
-            except LayercutError as error:
-                where = recipe.where(*path) + (f": {error.where}" if error.where else "")
-                raise type(error)(error.message, where=where, hint=error.hint) from None
+    for alias in dict.fromkeys(named.alias for named in _named(recipe)):
+        with placed(recipe, alias):
+            checkpoint = resolve(recipe.models.get(alias, alias))
+            members[alias] = Member(checkpoint, find_stack(checkpoint, recipe.stack_of(alias), recipe.architecture))
     return members
+
+
+@contextmanager
+def placed(recipe: Recipe, alias: str) -> Iterator[None]:
+    """Errors that come of a model name the place in the recipe where the model stands first."""
+    try:
+        yield
+    except LayercutError as error:
+        path = next(named.path for named in _named(recipe) if named.alias == alias)
+        where = recipe.where(*path) + (f": {error.where}" if error.where else "")
+        near = None if alias in recipe.models else did_you_mean(alias, recipe.models)
+        raise type(error)(error.message, where=where, hint=near or error.hint) from None
 
 
 def _named(recipe: Recipe) -> list[Named]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from layercut.errors import RecipeError
+from layercut.errors import RecipeError, did_you_mean
 from layercut.smallfile import read_small
 
 Key = str | int
@@ -22,6 +23,18 @@ MAX_DEPTH = 60
 # Longer numbers stay text: Python takes long to read them and does not print them.
 MAX_NUMBER = 100
 MERGE = "tag:yaml.org,2002:merge"
+# What to do, by how the rest of the line begins, or by words of the parser.
+HINTS = (
+    ("\t", "indent with spaces, not tabs"),
+    ("*", "put text that begins with '*' in quotes"),
+    ("%", "a percentage is written 25%"),
+    ("alphabetic or numeric", "put text that begins with '*' or '&' in quotes"),
+    ("unknown escape", "in double quotes a backslash is written twice; in single quotes it stands for itself"),
+    ("cannot start any token", "put the value in quotes"),
+    ("mapping values are not allowed", "check the indentation, and that a space follows every ':'; text with ': ' in it goes in quotes"),
+    ("expected key", "check the indentation: what belongs together begins in the same column"),
+    ("expected '-' indicator", "check the indentation: what belongs together begins in the same column"),
+)
 
 
 class YamlText:
@@ -52,9 +65,10 @@ class YamlText:
         try:
             return cls(read_small(path, MAX_TEXT, RecipeError).decode(), str(path))
         except OSError as error:
-            raise RecipeError(f"cannot read: {error.strerror}", where=path) from None
+            hint = _beside(path) if isinstance(error, FileNotFoundError | IsADirectoryError) else None
+            raise RecipeError(f"cannot read: {error.strerror}", where=path, hint=hint) from None
         except UnicodeDecodeError as error:
-            raise RecipeError(f"not UTF-8 text (byte {error.start})", where=path) from None
+            raise RecipeError(f"not UTF-8 text (byte {error.start})", where=path, hint="save it as UTF-8") from None
 
     def override(self, assignment: str) -> None:
         """Apply `a.0.b=value`; the value is YAML. Lists are indexed by number; missing mappings are made."""
@@ -88,13 +102,16 @@ class YamlText:
             if tuple(path[:stop]) in self._overrides:
                 return self._overrides[tuple(path[:stop])]
         node: yaml.Node = self._root
-        mark = node.start_mark
+        mark, pair = node.start_mark, None
         for part in path:
             pair = self._find(node, part)
             if pair is None:  # a component that is not in the text, such as the tag of a union
                 continue
             node = pair[1]
             mark = (pair[0] if key else node).start_mark
+        below = next((said for place, said in self._overrides.items() if place[: len(path)] == tuple(path)), None)
+        if pair is None and below is not None:  # not in the text: an override made it
+            return below
         return f"{self.name}:{mark.line + 1}:{mark.column + 1}"
 
     def present(self, path: Sequence[Key]) -> tuple[Key, ...]:
@@ -119,9 +136,14 @@ class YamlText:
             if error.problem == "but found another document":
                 several = "split them at '---'; a later one names the output folder of an earlier one as its model"
                 raise RecipeError("several recipes in one file", where=place, hint=several) from None
+            problem, opening = str(error.problem or error.context), error.context_mark
+            if "quoted scalar" in str(error.context) and opening is not None and "end of" in problem:  # the end says nothing
+                place, problem = f"{self.name}:{opening.line + 1}:{opening.column + 1}", "this quote is not closed"
             line = "" if mark is None else "".join(text.splitlines()[mark.line : mark.line + 1])[mark.column :]
-            hint = "indent with spaces, not tabs" if line.startswith("\t") else None
-            raise RecipeError(f"not valid YAML: {error.problem or error.context}", where=place, hint=hint) from None
+            hint = next((hint for sign, hint in HINTS if line.startswith(sign) or sign in problem), None)
+            if "expected ','" in problem and mark is not None and opening is not None and opening.line < mark.line:
+                hint = f"is the bracket of line {opening.line + 1} closed?"
+            raise RecipeError(f"not valid YAML: {problem}", where=place, hint=hint) from None
         except yaml.YAMLError as error:
             raise RecipeError(f"not valid YAML: {error}".splitlines()[0], where=self.name) from None
         except RecursionError:
@@ -190,7 +212,27 @@ class YamlText:
         return node.value
 
 
+class PlainData(YamlText):
+    """Data that came from no text: a place is the keys that lead there, joined by dots."""
+
+    def __init__(self, data: Mapping[str, Any], name: str = "recipe") -> None:
+        super().__init__(json.dumps(data, default=str), name)
+
+    def where(self, path: Sequence[Key], *, key: bool = False) -> str:
+        """`recipe.steps.0.prune`: what of the path there is, and the key itself where it is at fault."""
+        found = self.present(path[:-1]) + tuple(path[-1:]) if key else self.present(path)
+        return ".".join(map(str, (self.name, *found)))
+
+
 def _position(target: list[Any], part: str, place: str) -> int:
     if not re.fullmatch(r"-?[0-9]{1,6}", part) or not -len(target) <= int(part) < len(target):
         raise RecipeError(f"'{part}' is not a position in a list of {len(target)}", where=place)
     return int(part) % len(target)
+
+
+def _beside(path: Path) -> str:
+    """What to do about a file that is no recipe: the one that may be meant, or how to begin one."""
+    near = None
+    with contextlib.suppress(OSError):
+        near = did_you_mean(path.name, (one.name for one in path.parent.iterdir() if one.suffix in (".yaml", ".yml", ".json")), 0.8)
+    return near or "a recipe is a YAML file; `layercut new` lists some to begin with"

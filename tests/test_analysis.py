@@ -20,7 +20,7 @@ from layercut.blockscores import BlockScore, best_blocks
 from layercut.calibration import BuiltinCalibration
 from layercut.checkpoint import open_checkpoint
 from layercut.cli import main
-from layercut.errors import CalibrationError, LayercutError, OutputError
+from layercut.errors import CalibrationError, LayercutError, OutputError, RecipeError
 from layercut.metrics import Angular, Cosine
 from layercut.plan import Measurement, Plan, Table
 
@@ -248,6 +248,22 @@ def test_what_cannot_be_analysed(arguments: dict[str, object], message: str, tin
     with pytest.raises(LayercutError) as caught:
         analyze(model, progress=False, **arguments)  # type: ignore[arg-type]
     assert str(caught.value).replace(str(model), "MODEL") == message
+
+
+def test_names_of_metrics_and_recipes_as_data(tiny: Callable[..., Path]) -> None:
+    text = {"samples": 1, "max_length": 16}
+    found = analyze({"model": str(tiny("llama")), "metric": "cosine"}, text=text, progress=False)
+    assert [ranking.metric for ranking in found.rankings] == ["cosine[all]"]
+    found = analyze(str(tiny("llama")), metrics=["angular", "cosine:last"], text=text, progress=False)
+    assert [ranking.metric for ranking in found.rankings] == ["angular[last]", "cosine[last]"]
+    with pytest.raises(CalibrationError) as caught:
+        analyze(str(tiny("llama")), text={"sample": 1})
+    assert str(caught.value) == "unknown key 'sample' of text; did you mean 'samples'?"
+    recipe = layercut.load_recipe({"model": str(tiny("llama"))})
+    for call in (layercut.plan_recipe, layercut.run_recipe):
+        with pytest.raises(RecipeError) as refused:
+            call(recipe, overrides=["depth=3"])
+        assert str(refused.value) == "overrides go with a recipe that is read from a file or a dict; give them to load_recipe"
 
 
 def test_a_plan_is_neither(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ METRIC_LIST = ", ".join(METRICS)
 SELECTOR = 'expected a layer such as 3, a range such as "20-24", or {every: 2, from: 8, to: 24}'
 COUNT = "expected a number of layers such as 6, or a percentage such as 25%"
 SIZE = "expected a size such as 5GB, 500MB or 5GiB"
+YAML = "not valid YAML:"
+INDENT = "check the indentation: what belongs together begins in the same column"
+COLON = "check the indentation, and that a space follows every ':'; text with ': ' in it goes in quotes"
 NOTHING_BEFORE = "no layer stands before layer 0 that a map could be folded into; prune it without a map"
 EITHER = "takes either 'layers' (how many) or 'at' (which)"
 BUDGETS = "takes either one of layers, params, size, max_distance, max_loss_increase (how many) or 'at' (which)"
@@ -105,6 +108,45 @@ TABLE = [
     ("model: m\ndepth: true", "r.yaml:2:8: depth: expected a whole number, found true"),
     ("model: m\ndepth: 0", "r.yaml:2:8: depth: expected at least 1, found 0"),
     ("model: m\ndepth: 4", "r.yaml:2:1: 'depth' goes with 'slices'; to remove layers of a model use steps: [{prune: {layers: N}}]"),
+    # YAML as it is mistyped
+    ("model: m\n steps: []", f"r.yaml:2:7: {YAML} mapping values are not allowed in this context; {COLON}"),
+    ("model:m\nsteps: []", f"r.yaml:2:6: {YAML} mapping values are not allowed in this context; {COLON}"),
+    ("model: m\nsteps:\n  - prune: {at: 3}\n output: x", f"r.yaml:4:2: {YAML} did not find expected key; {INDENT}"),
+    ("model: m\nsteps:\n  - prune:\n  at: 3", f"r.yaml:4:3: {YAML} did not find expected '-' indicator; {INDENT}"),
+    (
+        "model: m\nsteps:\n  - prune: {at: 3\noutput: x",
+        f"r.yaml:4:7: {YAML} did not find expected ',' or '}}'; is the bracket of line 3 closed?",
+    ),
+    ('model: m\nsteps:\n  - prune: {at: "3-4}\n', f"r.yaml:3:17: {YAML} this quote is not closed"),
+    (
+        steps("prune: {layers: %25}"),
+        f"r.yaml:3:21: {YAML} found character that cannot start any token; a percentage is written 25%",
+    ),
+    (
+        steps("zero: {at: 1, tensors: *.o_proj.weight}"),
+        f"r.yaml:3:29: {YAML} did not find expected alphabetic or numeric character; put text that begins with '*' or '&' in quotes",
+    ),
+    ("model: @m", f"r.yaml:1:8: {YAML} found character that cannot start any token; put the value in quotes"),
+    (
+        'model: "C:\\models\\m"',
+        f"r.yaml:1:11: {YAML} found unknown escape character; "
+        "in double quotes a backslash is written twice; in single quotes it stands for itself",
+    ),
+    # keys that stand too far to the left, or without a space
+    ("model: m\nprune: {at: 3}", "r.yaml:2:1: unknown key 'prune'; it belongs below 'steps'"),
+    ("model: m\nsamples: 3", "r.yaml:2:1: unknown key 'samples'; it belongs below 'calibration'"),
+    ("model: m\nlayer_range: [0, 4]", "r.yaml:2:1: unknown key 'layer_range'; it belongs below 'slices'"),
+    (
+        "model: m\nsteps:\n  - prune:\n    at: 3",
+        "r.yaml:4:5: 'at' stands beside 'prune', not below it; indent it further, or write prune: {at: …}",
+    ),
+    ("model: m\nsteps:\n  - prune: {at: 1}\n    prun: {at: 3}", "r.yaml:4:5: unknown operation 'prun'; did you mean 'prune'?"),
+    (steps("prune: {at:3}"), "r.yaml:3:13: unknown key 'at:3'; write a space behind the ':'"),
+    (steps("prune: {at: 3,4}"), "r.yaml:3:19: unknown key '4'; a list goes in brackets, such as [3, 4]"),
+    (
+        "model: m\nsteps:\n  -prune: {at: 3}",
+        'r.yaml:3:3: steps: expected a list, found {"-prune": {"at": 3}}; begin each entry with a dash and a space',
+    ),
     # slices
     ("slices: []", "r.yaml:1:9: slices: expected at least one entry, found []"),
     ("slices: 5", "r.yaml:1:9: slices: expected a list, found 5"),
@@ -112,6 +154,11 @@ TABLE = [
     (slices("{layer_range: [0, 4]}"), "r.yaml:2:5: which model? neither the slice nor the recipe names one"),
     (slices("{model: m}"), f"r.yaml:2:5: {FORMS}"),
     (slices("{model: m, layer_range: [0, 4], modl: x}"), "r.yaml:2:37: unknown key 'modl'; did you mean 'model'?"),
+    (slices("{model: m, range: [0, 4]}"), "r.yaml:2:16: unknown key 'range'; did you mean 'layer_range'?"),
+    (
+        slices("{model: m, start: 0}"),
+        "r.yaml:2:16: unknown key 'start'; known keys are layer_range, max, min, model, overlap, parameters, protect, sources",
+    ),
     (slices("{model: m, layer_range: [5, 3]}"), f"r.yaml:2:29: layer_range [5, 3] {EMPTY}; did you mean [3, 5]?"),
     (slices("{model: m, layer_range: [3, 3]}"), f"r.yaml:2:29: layer_range [3, 3] {EMPTY}; did you mean [3, 4]?"),
     (slices("{model: m, layer_range: [0, 0]}"), f"r.yaml:2:29: layer_range [0, 0] {EMPTY}; did you mean [0, 1]?"),
@@ -195,7 +242,10 @@ TABLE = [
     ),
     (slices("{model: m, layer_range: [0, auto], parameters: {scale: []}}"), f"r.yaml:2:60: {FACTOR}"),
     # steps
-    ("model: m\nsteps: {prune: {layers: 2}}", 'r.yaml:2:8: steps: expected a list, found {"prune": {"layers": 2}}'),
+    (
+        "model: m\nsteps: {prune: {layers: 2}}",
+        'r.yaml:2:8: steps: expected a list, found {"prune": {"layers": 2}}; begin each entry with a dash and a space',
+    ),
     ("model: m\nsteps: 5", "r.yaml:2:8: steps: expected a list, found 5"),
     ("model: m\nsteps:\n", "r.yaml:2:7: steps: expected a list, found nothing"),
     (steps("prune"), f"r.yaml:3:5: expected a step such as 'prune: {{layers: 6}}' (operations: {', '.join(OPERATIONS)}), found 'prune'"),
@@ -320,6 +370,11 @@ TABLE = [
         steps("scale: {tensors: '*.gate.weight', by: 2}"),
         "r.yaml:3:22: no tensor of these layers is named '*.gate.weight'; there are down_proj, o_proj",
     ),
+    (
+        steps("scale: {at: 1, tensors: down_proj, by: 2}"),
+        "r.yaml:3:29: no tensor of these layers is named 'down_proj'; "
+        "a pattern is for whole names, such as model.layers.1.mlp.down_proj.weight",
+    ),
     (steps("scale: {at: 9, tensors: '*', by: 2}"), "r.yaml:3:17: layer 9 does not exist: the stack has layers 0 to 5 here"),
     (steps("scale: {tensor: '*', by: 2}"), "r.yaml:3:13: unknown key 'tensor'; did you mean 'tensors'?"),
     (steps("zero: {tensors: '*'}"), "r.yaml:3:11: 'at' is missing"),
@@ -336,6 +391,10 @@ TABLE = [
     (steps("reorder: {to: 0-6}"), "r.yaml:3:19: layer 6 does not exist: the stack has layers 0 to 5 here"),
     # metrics
     ("model: m\nmetric: angulr", f"r.yaml:2:9: unknown metric 'angulr'; did you mean 'angular'? (known: {METRIC_LIST})"),
+    (
+        "model: m\nmetric: angular:all",
+        f"r.yaml:2:9: unknown metric 'angular:all'; write {{name: angular, token: all}} (known: {METRIC_LIST})",
+    ),
     ("model: m\nmetrics: [angular, x]", f"r.yaml:2:20: unknown metric 'x' (known: {METRIC_LIST})"),
     ("model: m\nmetrics: angular", "r.yaml:2:10: metrics: expected a list, found 'angular'"),
     ("model: m\nmetrics: []", "r.yaml:2:10: metrics: expected at least one entry, found []"),
@@ -346,7 +405,7 @@ TABLE = [
     ),
     ("model: m\nmetric: {name: angular, tokn: all}", "r.yaml:2:25: unknown key 'tokn'; did you mean 'token'?"),
     ("model: m\nmetric: angular\nmetrics: [cosine]", "r.yaml:3:1: takes 'metric' or 'metrics', not both"),
-    (steps("prune: {layers: 2, metric: bi}"), f"r.yaml:3:32: unknown metric 'bi' (known: {METRIC_LIST})"),
+    (steps("prune: {layers: 2, metric: bi}"), f"r.yaml:3:32: unknown metric 'bi'; the BI score is 'cosine' (known: {METRIC_LIST})"),
     # calibration
     ("model: m\ncalibration:\n", "r.yaml:2:13: calibration: expected a mapping, found nothing"),
     ("model: m\ncalibration: builtin", "r.yaml:2:14: calibration: expected a mapping, found 'builtin'"),
@@ -401,6 +460,8 @@ TABLE = [
     ("model: m\nparameters: {scale: true}", f"r.yaml:2:21: {FACTOR}, found true"),
     ("model: m\nparameters: 0.5", "r.yaml:2:13: parameters: expected a mapping, found 0.5"),
     ("model: m\ndtype: int8", f"r.yaml:2:8: dtype: {DTYPE}, found 'int8'"),
+    ("model: m\ndtype: fp16", f"r.yaml:2:8: dtype: {DTYPE}, found 'fp16'; did you mean 'float16'?"),
+    ("model: m\ndtype: BFloat16", f"r.yaml:2:8: dtype: {DTYPE}, found 'BFloat16'; did you mean 'bfloat16'?"),
     ("model: m\ndtype: bf16", f"r.yaml:2:8: dtype: {DTYPE}, found 'bf16'; did you mean 'bfloat16'?"),
     ("model: m\nout_dtype: 16", f"r.yaml:2:12: out_dtype: {DTYPE}, found 16"),
     ("model: m\nallow: everything", "r.yaml:2:8: allow: expected 'inexact', found 'everything'"),
@@ -453,6 +514,13 @@ def test_two_mistakes_are_two_lines(tmp_path: Path, model: Checkpoint) -> None:
     ]
 
 
+def test_of_many_mistakes_the_first_are_told(tmp_path: Path, model: Checkpoint) -> None:
+    lines = said("model: m\n" + "".join(f"xyz{at}: 1\n" for at in range(30)), tmp_path, model).splitlines()
+    assert [line.partition("; ")[0] for line in lines[:12]] == [f"r.yaml:{at + 2}:1: unknown key 'xyz{at}'" for at in range(12)]
+    assert ["known keys are" in line for line in lines] == [True] + [False] * 12
+    assert lines[12:] == ["and 18 more mistakes; is this a recipe?"]
+
+
 def test_a_value_of_several_lines_stays_on_one(tmp_path: Path, model: Checkpoint) -> None:
     text = 'model: m\ndepth: "a\\nb\\x85"\nmetric: "x\\ty"\n"k\\r": 1\n'
     assert said(text, tmp_path, model).split("\n") == [
@@ -473,6 +541,13 @@ def test_an_override_is_at_fault_by_its_own_name(tmp_path: Path, model: Checkpoi
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, ["steps.0.prune.layers=many"])
     assert str(caught.value) == f"--set steps.0.prune.layers: {COUNT}, found 'many'"
+    for assignment, message in (
+        ("step.0.prune.at=2", "--set step.0.prune.at: unknown key 'step'; did you mean 'steps'?"),
+        ("steps.0.prun.at=2", "--set steps.0.prun.at: unknown operation 'prun'; did you mean 'prune'?"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path, [assignment])
+        assert str(caught.value) == message
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, ["steps.-1.prune.colour=red"])
     assert str(caught.value).startswith("--set steps.-1.prune.colour: unknown key 'colour'; known keys are at, candidates, heal, layers, ")

@@ -142,6 +142,20 @@ def test_no_config(tmp_path: Path) -> None:
     assert str(caught.value) == f"no config.json in {tmp_path}; name the folder that holds the model"
 
 
+@pytest.mark.parametrize("below", ["model", "snapshots/0123abc"])
+def test_no_config_but_in_a_folder_below(below: str, tmp_path: Path) -> None:
+    (tmp_path / below).mkdir(parents=True)
+    (tmp_path / below / "config.json").touch()
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    assert str(caught.value) == f"no config.json in {tmp_path}; name the folder that holds the model, such as {tmp_path / below}"
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    assert refusal(tmp_path) == "an adapter, not a model; merge it into its base model first"
+
+
 def test_no_config_but_gguf(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").touch()
     with pytest.raises(CheckpointError) as caught:

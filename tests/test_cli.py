@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,6 +32,19 @@ def test_results_go_to_stdout_and_notes_to_stderr(recipe: str, tmp_path: Path, c
     assert shown.err == f"to do this: layercut run {tmp_path / 'plan.json'}\n"
 
 
+def test_what_a_file_is_read_without_is_said_when_it_runs(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "slices: [{sources: [{model: SOURCE, layer_range: [0, 4]}]}]\nmerge_method: passthrough\ndtypee: x\n"
+    path = write(tmp_path / "m.yaml", text.replace("SOURCE", str(tmp_path / "source")))
+    assert main(["run", path, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == f"note: {path}:3:1: unknown key 'dtypee' is ignored; did you mean 'dtype'?\n"
+
+
+def test_a_disk_that_is_full_is_no_bug(recipe: str, tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run([sys.executable, "-m", "layercut", "plan", recipe], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (ran.returncode, ran.stderr) == (1, "error: stdout: cannot be written: No space left on device\n")
+
+
 def test_overrides_change_the_recipe_and_not_a_plan(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", recipe, "--set", "steps.0.prune.at=[0, 1]", "-o", str(tmp_path / "plan.json")]) == 0
     assert "6 -> 4 layers" in capsys.readouterr().out
@@ -55,10 +69,15 @@ def test_an_output_is_only_replaced_when_told(recipe: str, tmp_path: Path, capsy
     assert not (tmp_path / "out" / "mine.txt").exists()
 
 
-def test_a_plan_that_cannot_be_written(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "missing" / "plan.json"
-    assert main(["plan", recipe, "-o", str(target)]) == 1
-    assert capsys.readouterr().err == f"error: {target}: cannot write the plan: No such file or directory\n"
+def test_a_plan_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked.json").write_text("mine")
+    (tmp_path / "locked.json").chmod(0o444)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "locked.json")  # root may write everything
+    cases = {"missing/plan.json": "there is no such folder", ".": "it is a folder", "locked.json": "no permission"}
+    for name, why in cases.items():
+        assert main(["plan", str(tmp_path / "none.yaml"), "-o", str(tmp_path / name)]) == 1  # before the recipe is read
+        assert capsys.readouterr().err == f"error: {tmp_path / name}: cannot write the plan: {why}\n"
+    assert (tmp_path / "locked.json").read_text() == "mine"
 
 
 def test_inspect_tells_how_an_output_was_made(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,7 @@ def test_a_size_is_right_to_four_digits(count: int) -> None:
 def test_changes() -> None:
     assert change(200, 150, amount) == "200 -> 150 (-25.0 %)"
     assert change(0, 5, size) == "0 B -> 5 B"
+    assert change(337_520, 337_440, size) == "337.5 kB -> 337.4 kB (+0.0 %)"  # not -0.0
 
 
 def test_columns_are_aligned() -> None:
@@ -69,6 +70,8 @@ def test_a_seam_with_its_distances() -> None:
     price = Distance(mean=0.14604, stderr=0.00312)
     seam = Seam(at=13, from_model="a", from_boundary=13, to_model="b", to_boundary=19, distances={"angular[last]": price})
     assert seam_line(seam, several=False) == "13 -> 19, angular[last] 0.1460 ± 0.0031"
+    single = seam.model_copy(update={"distances": {"angular[last]": Distance(mean=0.14604, stderr=0)}})
+    assert seam_line(single, several=False) == "13 -> 19, angular[last] 0.1460"  # one sample has no standard error
     assert seam_line(seam, several=True) == "a:13 -> b:19, angular[last] 0.1460 ± 0.0031"
 
 

@@ -282,6 +282,7 @@ def test_shell_block_is_understood(block: Block) -> None:
 RUN_BY_PAGE = {
     "README.md": ["plan", "run", "verify"],
     "docs/analyze.md": ["analyze", "analyze", "python"],
+    "docs/python.md": ["python"],
     "docs/short-transformers.md": ["python"],
     "docs/quickstart.md": ["inspect", "run", "plan", "run", "run", "verify", "eval", "eval", "python"],
 }

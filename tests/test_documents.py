@@ -149,7 +149,7 @@ def test_file_messages(tmp_path: Path) -> None:
         assert message(lambda path=path: read(path)) == f"{path}: the file holds no text"  # type: ignore[misc]
     path = tmp_path / "latin.txt"
     path.write_bytes(b"caf\xe9 x")
-    assert message(lambda: read(path)) == f"{path}: not UTF-8 text: invalid continuation byte"
+    assert message(lambda: read(path)) == f"{path}: not UTF-8 text: invalid continuation byte; save it as UTF-8"
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,9 @@ def test_json_that_is_too_deep(tmp_path: Path) -> None:
 
 def test_csv_messages(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "id,body\n1,x\n")
-    assert message(lambda: read(path)) == f"{path}:2: no column 'text' (available: 'id', 'body')"
+    assert message(lambda: read(path)) == f"{path}:2: no column 'text' (available: 'id', 'body'); name the one to read: column: …"
+    path = write(tmp_path / "d.csv", "id;body\n1;x\n")
+    assert message(lambda: read(path)) == f"{path}:2: no column 'text' (available: 'id;body'); columns stand between commas, not ';'"
     path = write(tmp_path / "b.csv", "text\n" + "x" * 200_000 + "\n")
     assert message(lambda: read(path)) == f"{path}:2: field larger than field limit (131072); long texts belong in .jsonl or .parquet"
     path = write(tmp_path / "c.csv", "text\nfine\nextra,cells\n")
@@ -239,7 +241,7 @@ def test_hub_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", Loader(breaks_later))
     assert message(lambda: list(texts(hub))) == f"some/set: the dataset cannot be read: connection reset; {hint}"
     monkeypatch.setattr(datasets, "load_dataset", Loader(lambda: iter([{"content": "x"}])))
-    assert message(lambda: list(texts(hub))) == "some/set: row 1: no column 'text' (available: 'content')"
+    assert message(lambda: list(texts(hub))) == "some/set: row 1: no column 'text' (available: 'content'); name the one to read: column: …"
 
 
 def test_hub_with_the_real_library_and_local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +260,7 @@ def test_hub_with_the_real_library_and_local_data(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ('{"body": "x", "id": 1}', "no column 'text' (available: 'body', 'id')"),
+        ('{"body": "x", "id": 1}', "no column 'text' (available: 'body', 'id'); name the one to read: column: …"),
         ('{"txt": "x"}', "no column 'text' (available: 'txt'); did you mean 'txt'?"),
         ("{}", "no column 'text' (available: none)"),
     ],

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KINDS
+from conftest import KINDS, tiny_model
 
+from layercut.api import plan_recipe
 from layercut.cli import main
+from layercut.errors import CalibrationError
 from layercut.plan import Plan
 from layercut.report import VOLATILE, read_report
 
@@ -155,6 +157,35 @@ def test_a_plan_runs_to_the_same_bytes(tiny: Callable[..., Path], tmp_path: Path
     assert main(["run", str(tmp_path / "plan.json"), "-q", "--out", str(tmp_path / "from-plan")]) == 0
     assert main(["run", str(recipe), "-q", "--out", str(tmp_path / "from-recipe")]) == 0
     assert digests(tmp_path / "from-plan") == digests(tmp_path / "from-recipe")
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ("{perplexity: {source: text, path: none.txt}}", "none.txt: no such file"),
+        (
+            "{generate: Hello}",
+            "{model}: no tokenizer can be loaded: there is no file of one; "
+            "copy tokenizer.json and tokenizer_config.json of the original model into the folder",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_found_out_before_it_is_written(
+    evaluate: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model(tmp_path / "m", layers=3, tokenizer="perplexity" in evaluate)
+    (tmp_path / "r.yaml").write_text(f"model: {model}\nsteps: [{{prune: {{at: 1}}}}]\noutput: {tmp_path}/out\nevaluate: {evaluate}\n")
+    assert main(["run", str(tmp_path / "r.yaml")]) == 1
+    assert capsys.readouterr().err == f"error: {message.format(model=model)}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "r.yaml"]
+
+
+def test_a_text_that_cannot_be_read_is_told_with_its_place(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    text = "calibration: {source: text, path: none.txt}\nsteps: [{prune: {layers: 1, strategy: block}}]\n"
+    (tmp_path / "r.yaml").write_text(f"model: {tiny('llama')}\n{text}")
+    with pytest.raises(CalibrationError) as caught:
+        plan_recipe(tmp_path / "r.yaml")
+    assert str(caught.value) == f"{tmp_path}/r.yaml:2:14: none.txt: no such file"
 
 
 def test_evaluation_is_reported(tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,14 @@ def test_a_file_without_a_length_is_truncated(tmp_path: Path) -> None:
     assert refusal(path) == "file is 7 bytes, too short for safetensors: truncated, download it again"
 
 
+def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 337000\n")
+    with pytest.raises(CheckpointError) as caught:
+        read_header(path)
+    assert str(caught.value) == f"{path}: a Git LFS pointer, not the weights; fetch the file itself with git lfs pull"
+
+
 def test_bytes_after_the_last_tensor(tmp_path: Path) -> None:
     path = write(tmp_path, {"a": U8}, b"abcd")
     size = path.stat().st_size

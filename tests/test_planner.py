@@ -322,6 +322,18 @@ def test_aliases_name_models(model: Checkpoint) -> None:
     assert indices(plan) == [0, 1, 2, 3, *range(2, 12)]
 
 
+def test_a_misspelt_alias_is_told_with_the_alias(model: Checkpoint) -> None:
+    def resolve(reference: str) -> Checkpoint:
+        raise CheckpointError("no such folder", where=reference, hint="check the network")
+
+    with pytest.raises(CheckpointError) as caught:
+        build_plan(read("models: {chat: ./a}\nslices: [{model: caht, layer_range: [0, 4]}]"), resolve=resolve, measure=never)
+    assert str(caught.value) == "r.yaml:2:18: caht: no such folder; did you mean 'chat'?"
+    with pytest.raises(CheckpointError) as caught:
+        build_plan(read("models: {chat: ./a}\nslices: [{model: chat, layer_range: [0, 4]}]"), resolve=resolve, measure=never)
+    assert str(caught.value) == "r.yaml:2:18: ./a: no such folder; check the network"
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -481,7 +493,7 @@ def test_models_that_do_not_fit_are_refused_unless_told_so(models: Models) -> No
     message = "'a' and 'b' would load together but compute something else: config rms_norm_eps is 1e-05 in one and 1e-06 in the other"
     with pytest.raises(RefusedError) as caught:
         models.plan(TWO)
-    assert str(caught.value) == f"{message}; to stack them all the same, say 'allow: inexact' in the recipe"
+    assert str(caught.value) == f"r.yaml:1:51: {message}; to stack them all the same, say 'allow: inexact' in the recipe"
     plan = models.plan(f"{TWO}\nallow: inexact")
     assert plan.notes == (message,)
     assert json.loads(plan.actions.config)["rms_norm_eps"] == 1e-5

@@ -115,6 +115,12 @@ def test_the_card(hub: Hub, made: Callable[..., Path]) -> None:
     assert any(request.path == "/api/validate-yaml" for request in hub.log)
 
 
+def test_a_name_that_is_no_repository(tmp_path: Path) -> None:
+    with pytest.raises(UploadError) as caught:
+        push_model(tmp_path, "a/b/c")
+    assert str(caught.value) == "a/b/c: expected a repository of the Hub such as user/name, or name for one of your own"
+
+
 def test_nothing_changed_makes_no_commit(hub: Hub, made: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = made()
     first = push(folder)

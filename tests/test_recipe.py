@@ -178,10 +178,38 @@ def test_a_recipe_may_be_json(tmp_path: Path) -> None:
     assert load_recipe(path).steps[0].operation == Prune(at=(0, "2-3"))
 
 
+def test_data_is_a_recipe_as_a_file_is() -> None:
+    data = {"model": "m", "steps": [{"prune": {"layers": "25%", "protect": (0, -1)}}], "output": "out"}
+    assert load_recipe(data).described() == recipe("model: m\nsteps: [{prune: {layers: 25%, protect: [0, -1]}}]\noutput: out").described()
+    assert load_recipe(data, ["steps.0.prune.layers=3"]).described()["steps"] == [{"prune": {"layers": 3, "protect": [0, -1]}}]
+    merge = {"slices": [{"sources": [{"model": "m", "layer_range": ["0", 2.0]}]}], "merge_method": "passthrough", "dtypee": 1}
+    assert load_recipe(merge).notes == ("recipe.dtypee: unknown key 'dtypee' is ignored; did you mean 'dtype'?",)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "recipe: needs 'model' or 'slices'"),
+        ({"model": "m", "modle": 1}, "recipe.modle: unknown key 'modle'; did you mean 'model'?"),
+        ({"model": 5}, "recipe.model: model: expected text, found 5"),
+        (
+            {"model": "m", "steps": [{"prune": {"layers": 2}}, {"prune": {"att": 3}}]},
+            "recipe.steps.1.prune.att: unknown key 'att'; did you mean 'at'?",
+        ),
+        ({"model": "m", "calibration": {"source": "hub"}}, "recipe.calibration: 'dataset' is missing"),
+    ],
+)
+def test_mistakes_in_data_are_told_with_their_keys(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(data)
+    assert str(caught.value) == message
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "none.yaml")
-    assert str(caught.value) == f"{tmp_path / 'none.yaml'}: cannot read: No such file or directory"
+    begin = "a recipe is a YAML file; `layercut new` lists some to begin with"
+    assert str(caught.value) == f"{tmp_path / 'none.yaml'}: cannot read: No such file or directory; {begin}"
 
 
 def test_new_keys_of_slices_and_recipe() -> None:

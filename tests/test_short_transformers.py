@@ -497,6 +497,8 @@ def test_conversations(model: Any) -> None:
     lengths = []
     model.set_metric(lambda before, after: lengths.append(before.shape[1]) or 0.0)
     rows = [{"messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}]}]
+    with pytest.raises(CalibrationError, match=r"^row 0 holds text, not messages; leave out use_chat_template, or name the column of mess"):
+        model.analyse_layers([{"text": "Hello"}], tokenizer, use_chat_template=True)
     model.analyse_layers(rows, tokenizer, use_chat_template=True, key="messages")
     model.analyse_layers(rows, tokenizer, use_chat_template=True, key="messages", max_length=5)
     assert lengths[::21] == [9, 5]

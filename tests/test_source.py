@@ -81,6 +81,19 @@ def test_what_looks_like_a_path_is_one(reference: str) -> None:
     assert refusal(reference) == f"{reference}: no such folder"
 
 
+def test_a_folder_of_much_the_same_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert refusal("./modell") == "./modell: no such folder; did you mean 'model'?"
+    assert refusal(f"{folder}s") == f"{folder}s: no such folder; did you mean 'model'?"
+    assert refusal("Model2").endswith("and HF_HUB_OFFLINE forbids to ask the Hub; did you mean 'model'?")
+
+
+@pytest.mark.parametrize("end", ["", "/", "/tree/main", "?x=1"])
+def test_an_address_is_no_model(end: str) -> None:
+    address = f"https://huggingface.co/org/name{end}"
+    assert refusal(address) == f"{address}: an address, not a model; write the Hub id alone: org/name"
+
+
 def test_no_reference() -> None:
     hint = "; give a folder, a .gguf file, or a Hub id such as org/name"
     assert refusal("") == "'' names no model" + hint

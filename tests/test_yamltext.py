@@ -13,6 +13,11 @@ from layercut.errors import RecipeError
 from layercut.recipe import parse_recipe
 from layercut.yamltext import YamlText
 
+COLON = (
+    "not valid YAML: mapping values are not allowed in this context; "
+    "check the indentation, and that a space follows every ':'; text with ': ' in it goes in quotes"
+)
+
 
 def read(text: str) -> YamlText:
     return YamlText(text, "r.yaml")
@@ -109,16 +114,16 @@ def test_keys_are_text() -> None:
         ("# nothing\n", "r.yaml: expected a mapping such as 'model: …'"),
         ("- a\n- b\n", "r.yaml: expected a mapping such as 'model: …'"),
         ("just text", "r.yaml: expected a mapping such as 'model: …'"),
-        ("a: [1, 2\nb: 3\n", "r.yaml:2:2: not valid YAML: did not find expected ',' or ']'"),
-        ("a: b: c", "r.yaml:1:5: not valid YAML: mapping values are not allowed in this context"),
+        ("a: [1, 2\nb: 3\n", "r.yaml:2:2: not valid YAML: did not find expected ',' or ']'; is the bracket of line 1 closed?"),
+        ("a: b: c", f"r.yaml:1:5: {COLON}"),
         ("a:\n\tb: 1", "r.yaml:2:1: not valid YAML: found character that cannot start any token; indent with spaces, not tabs"),
         (
             "a: 1\n---\nb: 2\n",
             "r.yaml:2:1: several recipes in one file; split them at '---'; "
             "a later one names the output folder of an earlier one as its model",
         ),
-        ("a: 'x", "r.yaml:1:6: not valid YAML: found unexpected end of stream"),
-        ("a: *b", "r.yaml:1:4: not valid YAML: found undefined alias"),
+        ("a: 'x", "r.yaml:1:4: not valid YAML: this quote is not closed"),
+        ("a: *b", "r.yaml:1:4: not valid YAML: found undefined alias; put text that begins with '*' in quotes"),
         ("a: \x00", "r.yaml: not valid YAML: unacceptable character #x0000: control characters are not allowed"),
         ("? [1, 2]\n: x", "r.yaml:1:3: a key must be text"),
         ("a: &x [1, *x]", "r.yaml:1:4: an alias that contains itself"),
@@ -126,7 +131,7 @@ def test_keys_are_text() -> None:
         ("a: &x {<<: *x}", "r.yaml:1:4: an alias that contains itself"),
         ("a:\n  <<: 5", "r.yaml:2:7: '<<' takes a mapping or a list of mappings"),
         ("b: &b {c: 1}\na:\n  <<: [*b, 5]", "r.yaml:3:7: '<<' takes a mapping or a list of mappings"),
-        ("éé: b: c", "r.yaml:1:6: not valid YAML: mapping values are not allowed in this context"),
+        ("éé: b: c", f"r.yaml:1:6: {COLON}"),
     ],
 )
 def test_refusals(text: str, message: str) -> None:
@@ -167,11 +172,15 @@ def test_files(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(RecipeError) as caught:
             YamlText.read(path)
-        assert str(caught.value) == f"{path}: {message}"
+        assert str(caught.value) == f"{path}: {message}; save it as UTF-8"
+    begin = "a recipe is a YAML file; `layercut new` lists some to begin with"
     for missing, message in ((tmp_path / "none.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
         with pytest.raises(RecipeError) as caught:
             YamlText.read(missing)
-        assert str(caught.value) == f"{missing}: cannot read: {message}"
+        assert str(caught.value) == f"{missing}: cannot read: {message}; {begin}"
+    with pytest.raises(RecipeError) as caught:
+        YamlText.read(tmp_path / "r.yml")
+    assert str(caught.value) == f"{tmp_path / 'r.yml'}: cannot read: No such file or directory; did you mean 'r.yaml'?"
 
 
 PLACES = """\

@@ -125,6 +125,9 @@ def read_samples(rows: Iterable[Any], tokenizer: Any, *, key: str | None, limit:
 
 def _encoded(content: Any, tokenizer: Any, max_length: int, chat: bool, number: int) -> list[int]:
     """Token ids of a text or a conversation."""
+    if chat and isinstance(content, str):
+        hint = "leave out use_chat_template, or name the column of messages with key"
+        raise CalibrationError(f"row {number} holds text, not messages", hint=hint)
     if chat:
         return list(tokenizer.apply_chat_template(content, tokenize=True, add_generation_prompt=False, return_dict=False))[:max_length]
     if not isinstance(content, str):
