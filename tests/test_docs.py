@@ -276,7 +276,7 @@ def test_shell_block_is_understood(block: Block) -> None:
             continue
         assert program in ("layercut", ".demo/bin/layercut")
         command = cli.commands[name]
-        command.make_context(f"layercut {name}", arguments)
+        command.make_context(f"layercut {name}", arguments, **cli.context_settings)
 
 
 RUN_BY_PAGE = {
