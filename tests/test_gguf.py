@@ -15,7 +15,8 @@ from conftest import failure, smollm2_file
 
 from layercut.checkpoint import open_checkpoint
 from layercut.errors import CheckpointError
-from layercut.gguf import Metadata, convert
+from layercut.gguf import convert
+from layercut.ggufmetadata import Metadata
 from layercut.source import resolve
 
 HIDDEN, INNER, LAYERS, HEADS = 32, 48, 2, 4

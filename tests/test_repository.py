@@ -49,7 +49,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "axes", "caches", "canvas", "chattemplates", "errors", "hands", "jsontext", "record", "sharing", "sizes",
         "standins", "towers", "version", "ways",
     ),
-    ("declarations", "exceptions", "hubfaults", "implied", "smallfile"),
+    ("declarations", "exceptions", "ggufmetadata", "hubfaults", "implied", "smallfile"),
     ("calibration", "conversations", "conversions", "copying", "header", "mixing", "stack", "tokens", "yamltext"),
     ("companions", "fits", "metric", "rows"),
     ("documents", "mirror", "samplewise", "tokenwise"),
