@@ -16,7 +16,7 @@ from layercut.checkpoint import Checkpoint
 from layercut.layout import layer_tensors
 from layercut.plan import Choice, Plan, Seam
 from layercut.report import Report
-from layercut.stack import Distance, LayerRef, runs
+from layercut.stack import LayerRef, runs
 from layercut.surgery import dependents, refused_cuts
 
 BAR = 40
@@ -153,12 +153,15 @@ def _trial_lines(choice: Choice) -> list[str]:
         (trial.name, f"{trial.loss:.4f}", f"{trial.increase:+.2%}", f"± {trial.stderr:.2%}", trial.chosen, f"{trial.text} text")
         for trial in trials
     ]
-    maps = [(f"state behind {one.block}", f"off by {_around(one.cut)}", f"with its map {_around(one.healed)}") for one in choice.maps]
+    maps = [
+        (
+            f"state behind {one.block}",
+            f"off by {priced(one.cut.mean, one.cut.stderr)}",
+            f"with its map {priced(one.healed.mean, one.healed.stderr)}",
+        )
+        for one in choice.maps
+    ]
     return [f"{choice.where}: {choice.chosen}, loss {choice.cost:.4f} nats a token", *columns(rows), *columns(maps), ""]
-
-
-def _around(distance: Distance) -> str:
-    return f"{distance.mean:.4f} ± {distance.stderr:.4f}"
 
 
 def report_text(report: Report, folder: Path) -> str:
