@@ -16,7 +16,7 @@ from layercut.checkpoint import Checkpoint
 from layercut.layout import layer_tensors
 from layercut.plan import Choice, Plan, Seam
 from layercut.report import Report
-from layercut.stack import LayerRef, runs
+from layercut.stack import LayerRef, Run, runs
 from layercut.surgery import dependents, refused_cuts
 
 BAR = 40
@@ -73,20 +73,27 @@ def picture(layers: Sequence[LayerRef], seams: Sequence[Seam]) -> Iterator[str]:
     """The stack from its first layer to its last: a bar for each slice, a line for each seam."""
     several = len({layer.model for layer in layers}) > 1
     marks = {seam.at: seam for seam in seams}
-    slices = runs(layers)
-    longest = max(piece.stop - piece.start for piece in slices)
-    width = max(len(f"{piece}") for piece in slices)
+    slices = list(_slices(layers))
+    longest = max(piece.stop - piece.start for piece, _ in slices)
+    width = max(len(f"{piece}") for piece, _ in slices)
     at = 0
-    for piece in slices:
+    for piece, inner in slices:
         if at in marks:
             yield f"  {'':{width}}  ~ seam {seam_line(marks[at], several)}"
-        length = piece.stop - piece.start
-        inner = layers[at : at + 1] if layers[at].span > 1 else layers[at : at + length]
         bar = "#" * max(1, round(len(inner) * min(BAR, longest) / longest))
         yield f"  {piece!s:{width}}  {bar} {len(inner)} layer{'s' * (len(inner) > 1)}{f' of {piece.model}' * several}{_arithmetic(inner)}"
         at += len(inner)
     if at in marks:
         yield f"  {'':{width}}  ~ seam {seam_line(marks[at], several)}"
+
+
+def _slices(layers: Sequence[LayerRef]) -> Iterator[tuple[Run, Sequence[LayerRef]]]:
+    """Every slice with its layers: one, where it is made of several."""
+    at = 0
+    for piece in runs(layers):
+        length = 1 if layers[at].span > 1 else piece.stop - piece.start
+        yield piece, layers[at : at + length]
+        at += length
 
 
 def _arithmetic(layers: Sequence[LayerRef]) -> str:
@@ -99,8 +106,8 @@ def _arithmetic(layers: Sequence[LayerRef]) -> str:
         words.append("average of " + ", ".join(f"{share.weight:.3g} x {share.model}:{share.index}" for share in first.shares))
     if any(layer.identity for layer in layers):
         words.append("adds nothing: its outputs are zeroed")
-    elif any(layer.scalings for layer in layers):
-        words.append("tensors scaled")
+    elif scaled := sum(bool(layer.scalings) for layer in layers):
+        words.append("tensors scaled" if scaled == len(layers) else f"tensors of {scaled} scaled")
     return "".join(f", {word}" for word in words)
 
 
@@ -116,7 +123,8 @@ def plan_text(plan: Plan) -> str:
     written = sum(math.prod(tensor.shape) for file in plan.actions.files for tensor in file.tensors)
     rows.append(("parameters", change(donor.parameters, written, amount)))
     rows.append(("weights", f"{size(plan.weight_bytes)} in {len(plan.actions.files)} file{'s' * (len(plan.actions.files) > 1)}"))
-    rows.append(("carried over", f"{len(plan.actions.companions)} files, {size(sum(file.size for file in plan.actions.companions))}"))
+    carried = plan.actions.companions
+    rows.append(("carried over", f"{len(carried)} file{'s' * (len(carried) != 1)}, {size(sum(file.size for file in carried))}"))
     rows.append(("disk needed", size(plan.disk_bytes)))
     rows.append(("output", plan.output or "not set: give --out"))
     rows += [] if plan.measurement is None else account_rows(plan.measurement)
@@ -171,6 +179,11 @@ def report_text(report: Report, folder: Path) -> str:
     rows = [("layers", f"{source.depth} -> {len(report.layers)}")]
     for alias, ranges in report.kept.items():
         rows.append((f"kept{f' of {alias}' * several}", " + ".join(ranges)))
+    rows += [
+        (f"changed{f' of {piece.model}' * several}", f"{piece}{words}")
+        for piece, inner in _slices(report.layers)
+        if (words := _arithmetic(inner))
+    ]
     rows += [("seam", seam_line(seam, several)) for seam in report.seams]
     rows += [] if report.measurement is None else account_rows(report.measurement)
     rows.append(("parameters", change(report.parameters.before, report.parameters.after, amount)))

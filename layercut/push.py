@@ -274,7 +274,7 @@ def outcome_text(outcome: Outcome) -> str:
     where = outcome.published
     if not outcome.sent and not outcome.removed:
         return f"nothing to publish: {where.url} is this output already"
-    lines = [f"published {where.url}", f"  sent     {len(outcome.sent)} files, {size(outcome.bytes)}"]
+    lines = [f"published {where.url}", f"  sent     {len(outcome.sent)} file{'s' * (len(outcome.sent) != 1)}, {size(outcome.bytes)}"]
     if outcome.removed:
         shown = ", ".join(outcome.removed[:3]) + (f" and {len(outcome.removed) - 3} more" if len(outcome.removed) > 3 else "")
         lines.append(f"  removed  {shown}")

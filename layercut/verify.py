@@ -74,7 +74,7 @@ def verify(folder: Path, *, load: bool = True, contents: bool = True, progress: 
         checkpoint = open_checkpoint(folder)
     except LayercutError as error:
         return Verification(folder=str(folder), checks=(Check(name="checkpoint", ok=False, detail=str(error)),))
-    found = f"{len(checkpoint.tensors)} tensors in {len(checkpoint.files)} weight files"
+    found = f"{len(checkpoint.tensors)} tensors in {len(checkpoint.files)} weight file{'s' * (len(checkpoint.files) != 1)}"
     checks.append(Check(name="checkpoint", ok=True, detail=found))
     report: Report | None = None
     if os.path.lexists(folder / REPORT):

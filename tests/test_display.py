@@ -129,7 +129,7 @@ def test_a_plan_and_its_report(byte_checkpoint: Callable[..., Path], tmp_path: P
         "  config.json num_hidden_layers  6 -> 3",
         "  parameters                     960 -> 576 (-40.0 %)",
         "  weights                        576 B in 1 file",
-        "  carried over                   1 files, 2 B",
+        "  carried over                   1 file, 2 B",
         "  disk needed                    578 B",
         "  output                         somewhere",
         "",
@@ -147,6 +147,19 @@ def test_a_plan_and_its_report(byte_checkpoint: Callable[..., Path], tmp_path: P
         "  seam        4 -> 5",
     ]
     assert shown[-1] == f"  model       {tmp_path / 'out'}"
+
+
+def test_the_report_shows_what_was_done_to_layers(byte_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Which are averages, or scaled; of a slice that is copied there is nothing to say."""
+    tensors = {f"model.layers.{at}.{name}": ("F32", (2,), bytes(8)) for at in range(6) for name in ("self_attn.o_proj.weight", "w")}
+    folder = write_checkpoint(tmp_path / "m", tensors, {"model_type": "llama", "num_hidden_layers": 6})
+    recipe = f"model: {folder}\nsteps:\n- merge: {{at: [1, 2]}}\n- scale: {{at: '3-4', tensors: '*.w', by: 2}}\n"
+    shown = report_text(execute(planned(recipe), tmp_path / "out", progress=False), tmp_path / "out")
+    assert [" ".join(line.split()) for line in shown.splitlines()[2:5]] == [
+        "kept [0, 1) + [1, 3) + [3, 6)",
+        f"changed [1, 3), average of 0.5 x {folder}:1, 0.5 x {folder}:2",
+        "changed [3, 6), tensors of 2 scaled",
+    ]
 
 
 def test_the_report_shows_the_evaluation(byte_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
