@@ -18,7 +18,7 @@ from layercut.analysis import Analysis, Folder, make_analysis
 from layercut.architecture import Member, find_stack
 from layercut.caches import measurement_cache
 from layercut.calibration import BuiltinCalibration, Calibration, changed
-from layercut.errors import CalibrationError, LayercutError, OutputError, RecipeError, RoomError, UploadError, printable
+from layercut.errors import CalibrationError, LayercutError, OutputError, RecipeError, UploadError, printable
 from layercut.executor import execute, published
 from layercut.header import quoted
 from layercut.metrics import Angular, Cosine, Euclidean, Metric, RelativeMagnitude, parse_metric
@@ -79,9 +79,9 @@ def plan_recipe(
     run = partial(_run, progress=progress, memory=memory, ranks=ranks)
     try:
         return build_plan(recipe, resolve=partial(resolve, progress=progress), measure=measured, sharing=sharing, run=run)
-    except RoomError:  # nothing that the recipe says
-        raise
     except CalibrationError as error:
+        if "--memory" in (error.hint or ""):  # nothing that the recipe says
+            raise
         where = ": ".join([recipe.where("calibration"), *([error.where] if error.where else [])])
         raise CalibrationError(error.message, where=where, hint=error.hint) from None
 

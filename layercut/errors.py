@@ -47,10 +47,6 @@ class CalibrationError(LayercutError):
     """The calibration text cannot be read, is empty, or is too short for what was asked."""
 
 
-class RoomError(CalibrationError):
-    """Measuring takes more memory than the user lets it take."""
-
-
 class UploadError(LayercutError):
     """The result cannot be published: no right to, no way to the Hub, or something in the repository that must not be lost."""
 

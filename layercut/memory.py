@@ -12,7 +12,6 @@ from typing import NamedTuple
 import psutil
 
 from layercut.checkpoint import Checkpoint
-from layercut.errors import RoomError
 
 CGROUPS = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 60
@@ -30,11 +29,6 @@ class Room(NamedTuple):
     """Where the number comes from."""
     asked: bool = False
     """Whether the user set it."""
-
-    def check(self, what: str, needed: int, why: str, hint: str = "give more with --memory") -> None:
-        """Raise RoomError when the user set less than something takes."""
-        if self.asked and needed > self.size:
-            raise RoomError(f"{what} takes {shown(needed)} {why}, and {shown(self.size)} are left ({self.reason})", hint=hint)
 
 
 def room_of(memory: int | None = None, free: Mapping[str, int] | None = None) -> Room:

@@ -19,7 +19,7 @@ from layercut.arguments import Arguments
 from layercut.crossings import Crossing, States, Take
 from layercut.errors import CalibrationError
 from layercut.loading import quiet
-from layercut.memory import Room, give_back
+from layercut.memory import Room, give_back, shown
 from layercut.resident import padded
 from layercut.routes import Node, Order
 from layercut.skeleton import Skeleton
@@ -68,13 +68,18 @@ class Relay:
     def __init__(self, skeletons: Mapping[str, Skeleton], place: Place, look: Look = lambda alias, calls: None) -> None:
         """`look` sees how the layers of a model are called, and may refuse it.
 
-        Raises RoomError when the user asked for less memory than what is loaded at once.
+        Raises CalibrationError when the user asked for less memory than what is loaded at once.
         """
         self._skeletons, self._place, self._look = dict(skeletons), place, look
         self.progress = False
         """Whether a bar on stderr shows how far a run is."""
         for alias, skeleton in self._skeletons.items():
-            place.room.check(f"model '{alias}'", _fixed(skeleton), "for what is loaded of it at once")
+            self._check(f"model '{alias}' takes {{}} for what is loaded of it at once", _fixed(skeleton), "give more with --memory")
+
+    def _check(self, message: str, needed: int, hint: str) -> None:
+        room = self._place.room
+        if room.asked and needed > room.size:
+            raise CalibrationError(f"{message.format(shown(needed))}, and {shown(room.size)} are left ({room.reason})", hint=hint)
 
     def limit(self, size: int) -> int:
         """Bytes that the logits of a batch of several samples should take: `size`, or a sixteenth of the room where that is less."""
@@ -90,7 +95,7 @@ class Relay:
         for alias, skeleton in self._skeletons.items():
             logits = LOGIT_COPIES * max(map(_area, batches)) * skeleton.logit_size
             hint = "give more with --memory, or lower batch_size or max_length"
-            self._place.room.check(f"model '{alias}'", skeleton.rest_peak + logits, "with its predictions of a batch", hint)
+            self._check(f"model '{alias}' takes {{}} with its predictions of a batch", skeleton.rest_peak + logits, hint)
         with self._spill(len(orders), batches) as spill:
             _Run(self._skeletons, self._place.device, spill, orders, batches, self._look, made).run(end, self.progress)
 

@@ -20,7 +20,7 @@ from layercut.arguments import Arguments
 from layercut.checkpoint import Checkpoint
 from layercut.errors import CalibrationError, CheckpointError
 from layercut.loading import quiet
-from layercut.memory import Room, give_back
+from layercut.memory import Room, give_back, shown
 from layercut.resident import padded
 from layercut.runner import Limits, by_token
 from layercut.skeleton import Skeleton
@@ -101,7 +101,7 @@ class Streamed:
         """`dtypes` are by alias; `room` is that for weights on the device, `host` that for states beside it (the same on a CPU).
 
         States that do not fit stand in a file in `folder`. Raises CheckpointError when transformers does not know a model,
-        RefusedError when it cannot be streamed, and RoomError when the user asked for less memory than a layer takes.
+        RefusedError when it cannot be streamed, and CalibrationError when the user asked for less memory than a layer takes.
         """
         self._device, self._room, self._host, self._folder, self._progress = device, room, host, folder, progress
         self._weights = [Weights(source.checkpoint, pinned=device.type == "cuda") for source in sources]
@@ -121,7 +121,9 @@ class Streamed:
         self.spilled = 0
         """Bytes of states that went to disk."""
         for source, skeleton in zip(sources, self._skeletons, strict=True):
-            room.check(f"a layer of model '{source.alias}'", self._fixed(skeleton), "with what loading it takes")
+            if room.asked and self._fixed(skeleton) > room.size:
+                message = f"a layer of model '{source.alias}' takes {shown(self._fixed(skeleton))} with what loading it takes"
+                raise CalibrationError(f"{message}, and {shown(room.size)} are left ({room.reason})", hint="give more with --memory")
 
     @property
     def read(self) -> dict[str, int]:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import failure, write_checkpoint
+from conftest import write_checkpoint
 
 from layercut.checkpoint import open_checkpoint
-from layercut.errors import RoomError
 from layercut.memory import SHARE, Room, free_memory, give_back, room_of, shown, whole_size
 
 
@@ -109,12 +108,3 @@ def test_freed_memory_goes_back() -> None:
     give_back()
     assert psutil.Process().memory_info().rss < full - 150_000_000
     assert last == bytes(100_000)
-
-
-def test_what_the_user_set_is_kept_to() -> None:
-    """What is merely free is an estimate, and refuses nothing."""
-    asked = Room(1000, "2 kB as asked", asked=True)
-    asked.check("model '{0}'", 1000, "with its predictions")
-    Room(0, "0 bytes free in memory").check("model 'm'", 1, "with its predictions")
-    message = failure(RoomError, lambda: asked.check("model '{0}'", 2500, "with its predictions"))
-    assert message == "model '{0}' takes 2.5 kB with its predictions, and 1.0 kB are left (2 kB as asked); give more with --memory"
